@@ -1,0 +1,232 @@
+"""
+The transformer and its loss. One token is one row of the table.
+
+    python model.py              # parameters by part, and one forward pass shape by shape
+    python model.py --leaks      # which output rows depend on which input rows, found with autograd
+    python model.py --bench      # milliseconds a training step
+
+The words, used everywhere:
+
+    B   batch, windows at a time            N   numeric columns         D    width of the residual stream (--n_embd)
+    T   time steps, rows of a window        K   categorical columns     nh   heads (--n_head)
+    C   clock features (0 or 4)             F   columns, N + K          hs   head size, D / nh
+    V_k ids of categorical column k: 0 = [MASK], 1 = [UNK], then its V_k - 2 own values, the most frequent first
+
+    valid     (B, T)        True = a real row, False = padding
+    observed  (B, T, F)     True = the table has a value here
+    hidden    (B, T, F)     True = we took this value away, the model must guess it
+    shown     (B, T, F)     True = the embedding gets a value here and not [MASK]
+    known     (B, T, F)     True = observed and not hidden; guesses and statistics are made from these cells alone
+    score     (B, T, F)     True = this cell counts in the loss
+    attend    (B, 1, T, T)  True = this query may look at this key
+"""
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+
+@dataclass
+class Config:
+    """The shape of a model; goes into a checkpoint as a dict."""
+    n_numeric: int              # N
+    vocab_sizes: list           # V_k of the K categorical columns
+    n_clock: int = 0            # C
+    seq_len: int = 96           # the longest T
+    n_layer: int = 4
+    n_head: int = 4
+    n_embd: int = 128
+    dropout: float = 0.0
+    causal: bool = False        # False: every row sees every row. True: a row sees itself and the past
+
+
+# -----------------------------------------------------------------------------
+# attention
+
+def rotary_table(T, head_size, base=100.0):
+    """cos and sin, each (T, hs/2), of the angles by which each pair of channels turns at each row (Su 2021).
+    The base is 100 and not the 10,000 of language models: a window is about a hundred rows, not thousands."""
+    frequency = base ** (-torch.arange(0, head_size, 2) / head_size)            # (hs/2,)
+    angle = torch.arange(T)[:, None] * frequency                                # (T, hs/2)
+    return angle.cos(), angle.sin()
+
+
+def rotate(x, cos, sin):
+    """Turn (B, nh, T, hs) by its row's angle; q @ k then depends on how far apart two rows are, not on where."""
+    a, b = x.chunk(2, dim=-1)                                                   # (B, nh, T, hs/2) each
+    return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1)            # (B, nh, T, hs)
+
+
+def plain_attention(q, k, v, attend=None):
+    """softmax(q k' / sqrt(hs)) v, as Vaswani 2017 writes it: the reference that the fused kernel is tested against.
+    q, k, v: (B, nh, T, hs); attend: broadcasts to (B, nh, T, T), True = may look."""
+    weight = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])                   # (B, nh, T, T)
+    if attend is not None:
+        weight = weight.masked_fill(~attend, float("-inf"))
+    return weight.softmax(dim=-1) @ v                                           # (B, nh, T, hs)
+
+
+class SelfAttention(nn.Module):
+    """Multi-head attention over the rows of a window."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.n_head, self.dropout, self.causal = config.n_head, config.dropout, config.causal
+        self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd)
+        self.proj = nn.Linear(config.n_embd, config.n_embd)
+
+    def forward(self, x, attend, cos, sin):
+        B, T, D = x.shape
+        q, k, v = self.qkv(x).view(B, T, 3, self.n_head, D // self.n_head).unbind(dim=2)    # (B, T, nh, hs)
+        # heads go before rows: on (B, T, nh, hs) the kernel would run without complaint and attend over the heads
+        q, k, v = (z.transpose(1, 2) for z in (q, k, v))                        # (B, nh, T, hs)
+        q, k = rotate(q, cos, sin).type_as(v), rotate(k, cos, sin).type_as(v)   # cos is float32, v may be bfloat16
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=attend, is_causal=self.causal,
+                                           dropout_p=self.dropout if self.training else 0.0)
+        return self.proj(y.transpose(1, 2).reshape(B, T, D))                    # (B, T, D)
+
+
+class MLP(nn.Module):
+
+    def __init__(self, config):
+        super().__init__()
+        self.fc = nn.Linear(config.n_embd, 4 * config.n_embd)
+        self.proj = nn.Linear(4 * config.n_embd, config.n_embd)
+
+    def forward(self, x):
+        return self.proj(F.gelu(self.fc(x)))                                    # (B, T, D)
+
+
+class Block(nn.Module):
+    """Pre-norm: the residual stream itself is never normalised, so gradients pass through it untouched."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.norm1, self.attn = nn.LayerNorm(config.n_embd), SelfAttention(config)
+        self.norm2, self.mlp = nn.LayerNorm(config.n_embd), MLP(config)
+        self.drop = nn.Dropout(config.dropout)
+
+    def forward(self, x, attend, cos, sin):
+        x = x + self.drop(self.attn(self.norm1(x), attend, cos, sin))
+        return x + self.drop(self.mlp(self.norm2(x)))
+
+
+# -----------------------------------------------------------------------------
+# from cells to rows and back
+
+class RowEmbedding(nn.Module):
+    """A row is the sum of its cells and of its clock.
+
+    A number is its value times a vector of its column, or, where it is not shown, the pencilled-in value times that
+    vector plus the column's [MASK] vector. A category is the vector of its id. Missing in the file and hidden by us
+    look the same here; only the loss knows.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        n_in = 2 * config.n_numeric + config.n_clock
+        self.weight = nn.Parameter(torch.empty(n_in, config.n_embd))            # values, [MASK] vectors, clock
+        self.bias = nn.Parameter(torch.zeros(config.n_embd))                    # the sum of the columns' biases
+        # one table for all categorical columns, column after column. Row 0 belongs to nobody: it is [UNK] of every
+        # column, and padding_idx keeps it at zero
+        offset = torch.tensor([1] + config.vocab_sizes[:-1] if config.vocab_sizes else []).cumsum(0)
+        self.register_buffer("offset", offset.long(), persistent=False)         # (K,)
+        self.categories = nn.Embedding(1 + sum(config.vocab_sizes), config.n_embd, padding_idx=0)
+
+    def forward(self, values, shown, ids, clock):
+        # values (B, T, N), shown (B, T, N), ids (B, T, K), clock (B, T, C)
+        x = torch.cat((values, (~shown).type_as(values), clock), dim=-1)        # (B, T, 2N + C)
+        rows = torch.where(ids == 1, 0, ids + self.offset)                      # (B, T, K) rows of the one table
+        return x @ self.weight + self.bias + self.categories(rows).sum(dim=2)   # (B, T, D)
+
+
+def window_scale(numeric, known):
+    """Level and spread of each column in each window, from known cells alone (Kim 2022, reversible normalisation).
+
+    numeric (B, T, N), known (B, T, N) bool. Returns center and scale, (B, 1, N). The spread counts one cell more than
+    there are, at distance 1 (a column's spread over all train rows): a window with no spread is not blown up by
+    dividing through almost nothing, and one without a known cell has center 0 and scale 1, no branch needed.
+    """
+    count = known.sum(dim=1, keepdim=True)                                      # (B, 1, N)
+    center = torch.where(known, numeric, 0.0).sum(dim=1, keepdim=True) / count.clamp(min=1)
+    square = torch.where(known, numeric - center, 0.0).square().sum(dim=1, keepdim=True)
+    return center, ((square + 1) / (count + 1)).sqrt()
+
+
+class TableTransformer(nn.Module):
+    """Inputs of masking.py -> a guess for each cell: numbers (B, T, N) float32 and K logits (B, T, V_k - 2).
+
+    The numeric head predicts the correction to the pencilled-in value and starts at zero: before its first step the
+    model IS linear interpolation (or, causal, repetition of the last value), and training is judged against that.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        if config.n_embd % config.n_head or config.n_embd // config.n_head % 2:
+            raise ValueError(f"n_embd {config.n_embd} must be n_head {config.n_head} times an even number")
+        self.config = config
+        # a column's own values are the classes; one class at least, though a column may have no value in train
+        self.classes = [max(1, v - 2) for v in config.vocab_sizes]
+        self.embed = RowEmbedding(config)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.norm = nn.LayerNorm(config.n_embd)
+        self.head = nn.Linear(config.n_embd, config.n_numeric + sum(self.classes))      # all columns' heads in one
+        cos, sin = rotary_table(config.seq_len, config.n_embd // config.n_head)
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
+        self.init_weights()
+
+    def init_weights(self):
+        for name, p in self.named_parameters():
+            if name.endswith("proj.weight"):    # 2 * n_layer additions to the residual stream keep its variance
+                nn.init.normal_(p, std=0.02 / math.sqrt(2 * self.config.n_layer))
+            elif p.dim() == 2:
+                nn.init.normal_(p, std=0.02)
+            elif "norm" not in name:
+                nn.init.zeros_(p)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.embed.categories.weight[0])                         # [UNK]
+
+    def forward(self, inputs):
+        numeric, categorical, shown, known, pencil, clock, attend = inputs
+        B, T, N = numeric.shape
+        # the window's own level and spread would tell a causal model about its future
+        center, scale = (0.0, 1.0) if self.config.causal else window_scale(numeric, known[..., :N])
+        shown = shown[..., :N]
+        values = (torch.where(shown, numeric, pencil) - center) / scale         # (B, T, N)
+        x = self.embed(values, shown, categorical, clock)                       # (B, T, D)
+        for block in self.blocks:
+            x = block(x, attend, self.cos[:T], self.sin[:T])
+        out = self.head(self.norm(x)).float()                                   # (B, T, N + all classes)
+        correction, *logits = out.split([N] + self.classes, dim=-1)
+        return pencil + scale * correction, logits
+
+
+# -----------------------------------------------------------------------------
+# loss
+
+def count_scored(targets):
+    """masking.Targets -> (2,) float32: how many numeric and how many categorical cells are scored."""
+    N = targets.numeric.shape[-1]
+    return torch.stack([targets.score[..., :N].sum(), targets.score[..., N:].sum()]).float()
+
+
+def sum_losses(guess, logits, targets, loss="mse"):
+    """Sums over the scored cells, (2,) float32: squared (or Huber) error of numbers, cross-entropy of categories.
+
+    guess: (B, T, N) float32; logits: K of (B, T, V_k - 2); targets: masking.Targets; loss: "mse" or "huber".
+    A sum, so that the caller divides once by the count of the whole step, clamped to 1: a mean over an empty
+    selection is 0/0. Targets hold no NaN, so torch.where is safe: what it drops has a gradient of 0, not of NaN.
+    """
+    numeric, categorical, score = targets
+    N = numeric.shape[-1]
+    error = F.mse_loss if loss == "mse" else F.huber_loss
+    total = torch.where(score[..., :N], error(guess, numeric, reduction="none"), 0.0).sum()
+    entropy = total.new_zeros(())
+    for k, column in enumerate(logits):
+        target = (categorical[..., k] - 2).clamp(min=0)                         # unscored cells get any class at all
+        nll = F.cross_entropy(column.transpose(1, 2), target, reduction="none")             # (B, T)
+        entropy = entropy + torch.where(score[..., N + k], nll, 0.0).sum()
+    return torch.stack([total, entropy])
