@@ -295,7 +295,7 @@ def fit_schema(table, kinds, is_train, args):
 def make_clock(stamps):
     """(rows,) time stamps -> (rows, 4) float32: sin and cos of the time of day and of the day of the year."""
     day = (stamps.dt.hour * 3600 + stamps.dt.minute * 60 + stamps.dt.second) / 86_400
-    year = (stamps.dt.dayofyear - 1 + day) / 365.25
+    year = (stamps.dt.day_of_year - 1 + day) / 365.25
     angles = 2 * np.pi * np.stack([day, year], axis=1)                          # (rows, 2)
     clock = np.concatenate([np.sin(angles), np.cos(angles)], axis=1)            # (rows, 4)
     return np.nan_to_num(clock).astype(np.float32)                              # a missing time stamp has no clock
@@ -312,9 +312,9 @@ class Table:
     categorical: torch.Tensor   # (rows, K) int32
     observed: torch.Tensor      # (rows, F) bool
     clock: torch.Tensor         # (rows, C) float32
+    repaired: dict              # column -> values that were no number, infinite or a sentinel
     seq_len: int                # T
     segments: dict              # split -> (S, 2) int64, [start, end) rows of each sequence that may be read
-    repaired: dict              # column -> values that were no number, infinite or a sentinel
 
     def starts(self, split, stride):
         """(W, 2) int64, start row and end of its sequence: windows every `stride` rows, and the last one flush
@@ -360,13 +360,13 @@ def encode(table, kinds, schema):
         numeric[:, j] = np.where(observed[:, j], x, 0.0)
     for k, name in enumerate(schema.categorical):
         text = labels(table.pop(name))
-        code = pd.Categorical(text, categories=schema.vocabulary[k]).codes      # -1 = missing or never seen in train
+        code = pd.Index(schema.vocabulary[k], dtype="string").get_indexer(text)     # -1 = missing, or not in train
         observed[:, n_numeric + k] = text.notna()
         categorical[:, k] = np.where(observed[:, n_numeric + k], code + 2, MASK_ID)
     clock = np.zeros((n_rows, 0), np.float32)
     if schema.n_clock:
         clock = make_clock(table[next(name for name in kinds if kinds[name] == "time")])
-    return *map(torch.from_numpy, (numeric, categorical, observed, clock)), repaired
+    return [*map(torch.from_numpy, (numeric, categorical, observed, clock)), repaired]
 
 
 def split_counts(split, n, what, args):
@@ -422,8 +422,7 @@ def load_table(args, table=None):
     for start, end in segments["train"].tolist():
         is_train[start:end] = True
     schema = fit_schema(table, kinds, is_train, args)
-    numeric, categorical, observed, clock, repaired = encode(table, kinds, schema)
-    return Table(schema, numeric, categorical, observed, clock, seq_len, segments, repaired)
+    return Table(schema, *encode(table, kinds, schema), seq_len, segments)
 
 
 def step_generator(*key):
@@ -462,10 +461,36 @@ def add_arguments(parser, source):
     add("--seq_len", type=int, default=96, help="T, rows of a window")
 
 
+def tiny_batch():
+    """The tiny table as a Table whose ten rows are all train rows, and its two sequences as one Batch: what this
+    file, masking.py and model.py print when run by themselves, so that one cell can be followed through all three."""
+    parser = argparse.ArgumentParser()
+    add_arguments(parser, "the tiny table")
+    args = parser.parse_args(["--group_col", "room"])
+    frame = tiny_table()
+    kinds = infer_kinds(frame, args)
+    schema = fit_schema(frame, kinds, np.ones(len(frame), bool), args)
+    table = Table(schema, *encode(frame, kinds, schema), seq_len=6, segments={"train": torch.tensor([[0, 6], [6, 10]])})
+    return table, table.batch(table.starts("train", 6))
+
+
+def show(schema, numeric, categorical, present, valid):
+    """(B, T, N) numbers and (B, T, K) ids as text, "?" where `present` (B, T, F) is False, "pad" beyond `valid`."""
+    header = "".join(f"{name:>10}" for name in schema.numeric + schema.categorical)
+    blocks = []
+    for b in range(len(valid)):
+        lines = [f"window {b}{header}"]
+        for t in range(valid.shape[1]):
+            values = [f"{x:.2f}" for x in numeric[b, t].tolist()] + [str(i) for i in categorical[b, t].tolist()]
+            values = [v if p else "?" for v, p in zip(values, present[b, t].tolist())]
+            lines.append(f"row {t}   " + "".join(f"{v if valid[b, t] else 'pad':>10}" for v in values))
+        blocks.append(lines)
+    return "\n".join("      ".join(lines) for lines in zip(*blocks))
+
+
 def describe(table, args):
     """Print what was understood: a line a column, the split, one batch."""
     schema, rows = table.schema, len(table.observed)
-    train = torch.cat([torch.arange(a, b) for a, b in table.segments["train"].tolist()])
     print(f"{args.data}: {rows:,} rows, {len(schema.numeric)} numeric and {len(schema.categorical)} categorical columns, "
           + ("a time column" if schema.n_clock else "no time column"))
     print(f"{'column':<18}{'kind':<13}{'missing':>8}{'repaired':>9}{'mean':>11}{'std':>10}{'min':>10}{'max':>10}")
@@ -483,7 +508,7 @@ def describe(table, args):
     for split, segments in table.segments.items():
         print(f"{split:<6}{int((segments[:, 1] - segments[:, 0]).sum()):>9,} rows in {len(segments)} sequence(s), "
               f"{len(table.starts(split, table.seq_len)):,} windows of {table.seq_len}")
-    print(f"statistics and vocabularies come from the {len(train):,} train rows alone")
+    print("means, stds, ranges over all rows; the scales used come from train rows alone")
 
 
 if __name__ == "__main__":
@@ -492,3 +517,8 @@ if __name__ == "__main__":
     add_arguments(parser, "sensors")
     args = parser.parse_args()
     describe(load_table(args), args)
+    table, batch = tiny_batch()
+    print(f"\nthe tiny table in its own units, and\n{tiny_table().to_string(index=False)}\n\n"
+          "as one batch: scaled, categories as ids, ? where nothing was observed")
+    print(show(table.schema, batch.numeric, batch.categorical, batch.observed, batch.valid))
+    print("\n".join(f"{name:<12}{tuple(x.shape)!s:<12}{x.dtype}" for name, x in batch._asdict().items()))

@@ -183,3 +183,27 @@ def create_attention_mask(valid, causal):
     if causal:
         attend = attend & causal_mask(T, valid.device)
     return attend | torch.eye(T, dtype=torch.bool, device=valid.device)
+
+
+if __name__ == "__main__":
+    from data import show, step_generator, tiny_batch       # for this demonstration only
+
+    table, batch = tiny_batch()
+    N, generator = len(table.schema.numeric), step_generator(3)
+    hidden = create_masks(scorable(batch.observed, batch.categorical), 0.4, generator)
+    numeric, categorical, shown = bert_style_masking(*batch[:3], hidden, generator)
+    known = batch.observed & ~hidden
+    for title, values, ids, present in (
+            ("the batch: scaled values and ids, ? = missing in the file", batch.numeric, batch.categorical, batch.observed),
+            ("known, what is left after hiding 40 %", batch.numeric, batch.categorical, known),
+            ("shown, with 80/10/10: of the hidden cells some come back, as another cell's value or as they were",
+             numeric, categorical, shown),
+            ("pencilled in, both ways: between the nearest known cells", pencil_in(batch.numeric, known[..., :N], False),
+             pencil_category(batch.categorical, known[..., N:], False), torch.ones_like(known)),
+            ("pencilled in, causal: the last known value", pencil_in(batch.numeric, known[..., :N], True),
+             pencil_category(batch.categorical, known[..., N:], True), torch.ones_like(known))):
+        print(f"{title}\n{show(table.schema, values, ids, present, batch.valid)}\n")
+    for causal in (False, True):
+        print(f"who may look at whom in window 1, {'causal' if causal else 'both ways'}: a line a query, # = may look")
+        for line in create_attention_mask(batch.valid, causal)[1, 0].tolist():
+            print("    " + " ".join("#" if may else "." for may in line))

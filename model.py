@@ -230,3 +230,105 @@ def sum_losses(guess, logits, targets, loss="mse"):
         nll = F.cross_entropy(column.transpose(1, 2), target, reduction="none")             # (B, T)
         entropy = entropy + torch.where(score[..., N + k], nll, 0.0).sum()
     return torch.stack([total, entropy])
+
+
+# -----------------------------------------------------------------------------
+# run by itself
+
+def print_shapes():
+    """Parameters by part, and one forward pass over the tiny table, shape by shape."""
+    from data import step_generator, tiny_batch
+    from masking import Inputs, create_attention_mask, create_masks, pencil_in
+    table, batch = tiny_batch()
+    N = len(table.schema.numeric)
+    model = TableTransformer(Config(N, table.schema.vocab_sizes(), table.schema.n_clock, table.seq_len))
+    for name, part in model.named_children():
+        print(f"{name:<8}{sum(p.numel() for p in part.parameters()):>9,} parameters")
+    known = batch.observed & ~create_masks(batch.observed, 0.4, step_generator(3))
+    inputs = Inputs(batch.numeric, batch.categorical * known[..., N:], known, known,
+                    pencil_in(batch.numeric, known[..., :N], causal=False), batch.clock,
+                    create_attention_mask(batch.valid, causal=False))
+    for name, x in inputs._asdict().items():
+        print(f"{name:<22}{tuple(x.shape)}")
+    for name, part in model.named_modules():
+        if name.startswith("blocks.0") or "blocks" not in name and name:        # the other blocks look the same
+            part.register_forward_hook(lambda _, __, out, name=name: print(f"{name:<22}{tuple(out.shape)}"))
+    guess, logits = model(inputs)
+    print(f"{'guess':<22}{tuple(guess.shape)}\n{'logits':<22}{[tuple(x.shape) for x in logits]}")
+    print(f"untrained, the guess is the pencilled-in value: {torch.equal(guess, inputs.pencil)}")
+
+
+def find_leaks(causal, T=12, N=3):
+    """(T, T) bool, True = output row depends on input row, by autograd through pencil and model with random weights;
+    every third cell is hidden. The truth under a hidden cell must reach nobody: its own gradient is checked too."""
+    from masking import Inputs, pencil_in
+    torch.manual_seed(0)
+    model = TableTransformer(Config(N, [], 0, T, n_embd=32, causal=causal))
+    nn.init.normal_(model.head.weight)                      # a head of zeros would hide every dependence
+    numeric = torch.randn(1, T, N, requires_grad=True)
+    known = (torch.arange(T * N).view(1, T, N) % 3 > 0)
+    inputs = Inputs(numeric, torch.zeros(1, T, 0, dtype=torch.long), known, known, pencil_in(numeric, known, causal),
+                    torch.zeros(1, T, 0), None)
+    rows = []
+    for row in model(inputs)[0][0]:                         # (N,), one output row after the other
+        gradient, = torch.autograd.grad(row.sum(), numeric, retain_graph=True)
+        assert (gradient[~known] == 0).all(), "a hidden value reaches the output"
+        rows.append(gradient[0].abs().sum(-1) > 0)
+    return torch.stack(rows)
+
+
+def bench(repeats=5):
+    """Milliseconds of a training step, and the share of a plain matrix product's speed that it reaches."""
+    import time
+    from masking import Inputs
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+
+    def seconds(work):
+        times = []
+        for _ in range(repeats + 1):
+            start = time.perf_counter()
+            work()
+            if device == "cuda":
+                torch.cuda.synchronize()
+            times.append(time.perf_counter() - start)
+        return sorted(times[1:])[repeats // 2]              # the first one warms up
+
+    for dtype in (torch.float32, torch.bfloat16):
+        a = torch.randn(2048, 2048, device=device, dtype=dtype)
+        peak = 2 * 2048 ** 3 / seconds(lambda: a @ a)
+        for T, B, D, n_layer, n_head in ((96, 32, 128, 4, 4), (256, 16, 384, 6, 6), (1024, 14, 128, 4, 4)):
+            model = TableTransformer(Config(7, [], 4, T, n_layer, n_head, D)).to(device)
+            optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+            x, seen = torch.randn(B, T, 7, device=device), torch.rand(B, T, 7, device=device) > 0.3
+            inputs = Inputs(x, torch.zeros(B, T, 0, dtype=torch.long, device=device), seen, seen, x,
+                            torch.zeros(B, T, 4, device=device), None)
+
+            def step():
+                with torch.autocast(device, dtype, enabled=dtype != torch.float32):
+                    guess, _ = model(inputs)
+                F.mse_loss(guess, x + 1).backward()
+                nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+                optimizer.step()
+                optimizer.zero_grad()
+
+            took = seconds(step)
+            # 6 operations a parameter and token, and attention's two T x T products, as nanoGPT counts them
+            work = B * T * (6 * sum(p.numel() for p in model.parameters()) + 12 * n_layer * D * T)
+            print(f"T {T:4d} B {B:2d} D {D:3d} {str(dtype)[6:]:<9}{took * 1e3:8.1f} ms a step {B * T * 7 / took:11,.0f} cells/s "
+                  f"{work / took / 1e9:8.1f} GFLOP/s, {work / took / peak:.2f} of a matrix product")
+
+
+if __name__ == "__main__":
+    import argparse
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--leaks", action="store_true", help="who depends on whom, as a picture in text")
+    parser.add_argument("--bench", action="store_true", help="how long a training step takes on this machine")
+    args = parser.parse_args()
+    if args.bench:
+        bench()
+    elif args.leaks:
+        for causal in (False, True):
+            print("autoregressive:" if causal else "masked:", "a line an output row, # = it depends on that input row")
+            print("\n".join("    " + " ".join("#" if x else "." for x in row) for row in find_leaks(causal).tolist()))
+    else:
+        print_shapes()

@@ -21,6 +21,7 @@ import time
 from contextlib import nullcontext
 from dataclasses import asdict
 
+import numpy as np
 import pandas as pd
 import torch
 import torch.distributed as dist
@@ -48,7 +49,8 @@ def get_parser():
     add = parser.add_argument_group("objective").add_argument
     add("--mask_prob", type=rate, default=0.3, help="the share of observed cells hidden in training")
     add("--mask_prob_start", type=rate, help="progressive: begin here and rise to --mask_prob (None: constant)")
-    add("--mask_spread", type=share, default=0.75, help="each window draws its own rate, up to this share off")
+    add("--mask_spread", type=share, default=0.75,
+        help="each window draws its own rate, off --mask_prob by up to this share of the way to 0 or 1 (0: one rate)")
     add("--mask_style", choices=["cell", "span"], default="cell", help="hide single cells, or runs of rows in a column")
     add("--mask_span", type=number(float, 1), default=12.0, help="mean rows of a run, with --mask_style span")
     add("--mask_share", type=share, default=0.8, help="of the hidden cells, the share shown as [MASK]")
@@ -89,6 +91,16 @@ def get_parser():
     return parser
 
 
+def check(args):
+    """What no single flag can know."""
+    if args.mask_share + args.random_share > 1:
+        fail(f"--mask_share {args.mask_share} and --random_share {args.random_share} must not exceed 1 together")
+    highest = args.mask_prob + args.mask_spread * min(args.mask_prob, 1 - args.mask_prob)
+    if args.mask_style == "span" and highest > 1 - 1 / args.mask_span:
+        fail(f"--mask_span {args.mask_span:g} is too short to hide {highest:.0%} of a window's cells in runs "
+             "(--mask_prob and --mask_spread)")
+
+
 # -----------------------------------------------------------------------------
 # THE OBJECTIVE: fill in the blanks
 
@@ -101,8 +113,8 @@ def objective(batch, args, generator, step=None, case=None):
     N, rate, mask_share, style = batch.numeric.shape[-1], case, 1.0, "cell"
     if case is None:
         rate = get_mask_probability(step, args.max_steps, args.mask_prob_start or args.mask_prob, args.mask_prob)
-        spread = args.mask_spread * (2 * torch.rand(len(batch.valid), 1, 1, generator=generator) - 1)
-        rate, mask_share, style = (rate * (1 + spread)).clamp(max=0.95), args.mask_share, args.mask_style
+        u = 2 * torch.rand(len(batch.valid), 1, 1, generator=generator) - 1     # (B, 1, 1), each window its own rate
+        rate, mask_share, style = rate + u * args.mask_spread * min(rate, 1 - rate), args.mask_share, args.mask_style
     answerable = scorable(batch.observed, batch.categorical)
     hidden = create_masks(answerable, rate, generator, style, args.mask_span)
     numeric, categorical, shown = bert_style_masking(
@@ -131,16 +143,23 @@ def baselines(inputs):
     }
 
 
-def report(errors, cells, n_numeric):
-    """Sums of `evaluate` -> {method: {measure: [one a rate]}}, as results.json keeps it; also printed."""
+def report(errors, cells, table, args):
+    """Print the test table; return what results.json keeps of it."""
     def mean(sums, columns):
         sums, counts = sums[:, columns].sum(1).tolist(), cells[:, columns].sum(1).tolist()
         return [s / c if c else None for s, c in zip(sums, counts)]
-    numbers, categories, results = slice(n_numeric), slice(n_numeric, None), {}
+    N, results = len(table.schema.numeric), {}
     for name, (absolute, square) in errors.items():
-        results[name] = {"mse": mean(square, numbers), "mae": mean(absolute, numbers),
-                         "accuracy": [None if w is None else 1 - w for w in mean(square, categories)]}
-    return results
+        wrong = mean(square, slice(N, None))
+        results[name] = {"mse": mean(square, slice(N)), "mae": mean(absolute, slice(N)),
+                         "accuracy": [None if w is None else 1 - w for w in wrong]}
+    for measure, title in (("mse", "mean squared error, scaled units"), ("accuracy", "accuracy of categories")):
+        if None not in results["model"][measure]:
+            print(f"\n{title:<34}" + "".join(f"{f'{rate:.1%} hidden':>15}" for rate in args.eval_mask_probs) + f"{'mean':>9}")
+            for name in results:
+                values = results[name][measure]
+                print(f"{name:<34}" + "".join(f"{v:>15.4f}" for v in values) + f"{sum(values) / len(values):>9.4f}")
+    return {"eval_mask_probs": args.eval_mask_probs, "test": results}
 
 
 def demonstrate(guess, table, args, plt):
@@ -153,17 +172,19 @@ def demonstrate(guess, table, args, plt):
     chosen = spread.argsort(descending=True)[:4].tolist()                       # the columns that move most here
     truth, filled, pencilled = (table.schema.decode(x[0], batch.categorical[0])
                                 for x in (batch.numeric, guess(inputs), inputs.pencil))
+    if not chosen:
+        return {}
     figure, axes = plt.subplots(len(chosen), 1, figsize=(9, 1.9 * len(chosen)), sharex=True, squeeze=False)
+    rows, seen, hidden = np.arange(table.seq_len), inputs.known[0].numpy(), score.numpy()
     for axis, j in zip(axes[:, 0], chosen):
-        name, rows = table.schema.numeric[j], torch.arange(table.seq_len)
-        seen, hidden = inputs.known[0, :, j], score[:, j]
-        axis.plot(rows[seen], truth[name][seen], ".", color="black", ms=4, label="seen")
-        axis.plot(rows[hidden], truth[name][hidden], "o", mfc="none", color="black", ms=6, label="hidden truth")
-        axis.plot(rows[hidden], pencilled[name][hidden], "x", color="#E69F00", ms=5, label="pencilled in (linear)")
-        axis.plot(rows[hidden], filled[name][hidden], ".", color="#0072B2", ms=6, label="model")
+        name = table.schema.numeric[j]
+        for here, line, style in ((seen[:, j], truth, dict(marker=".", color="black", ms=4, label="seen")),
+                                  (hidden[:, j], truth, dict(marker="o", color="black", mfc="none", label="hidden truth")),
+                                  (hidden[:, j], pencilled, dict(marker="x", color="#E69F00", ms=5, label="linear")),
+                                  (hidden[:, j], filled, dict(marker=".", color="#0072B2", ms=6, label="model"))):
+            axis.plot(rows[here], line[name][here], ls="", **style)
         axis.set_ylabel(name)
-    if chosen:
-        axes[0, 0].legend(ncols=4, loc="lower left", bbox_to_anchor=(0, 1), frameon=False)
+    axes[0, 0].legend(ncols=4, loc="lower left", bbox_to_anchor=(0, 1), frameon=False)
     axes[-1, 0].set_xlabel("row of the window")
     return {"window.png": figure}
 
@@ -250,6 +271,7 @@ def parse(argv):
         for name in sorted(set(was) - {"resume", "out_dir"}):
             if getattr(args, name) != was[name]:
                 print(f"--{name} {getattr(args, name)} overrides {was[name]} of the checkpoint")
+    check(args)
     return args, checkpoint
 
 
@@ -271,11 +293,9 @@ def conclude(model, table, args, device, autocast, history, facts):
     _, errors, cells, beyond = evaluate(model, table, "test", args.eval_stride or max(1, table.seq_len // 4),
                                         args, device, autocast)
     schema = table.schema
-    results = {"script": SCRIPT, "data": args.data, **facts, "seed": args.seed,
-               **report(errors, cells, len(schema.numeric))}
-    save_text = json.dumps(results, indent=1)
+    results = {"script": SCRIPT, "data": args.data, **facts, "seed": args.seed, **report(errors, cells, table, args)}
     with open(os.path.join(args.out_dir, "results.json"), "w") as file:
-        file.write(save_text + "\n")
+        json.dump(results, file, indent=1)
 
     scale = torch.tensor(schema.scale + [1.0] * len(schema.categorical), dtype=torch.float64)
     print(f"\n{'mean absolute error, own units':<32}" + "".join(f"{name:>11}" for name in errors))
@@ -294,7 +314,7 @@ def conclude(model, table, args, device, autocast, history, facts):
     except ImportError:
         print("no pictures without matplotlib: pip install matplotlib")
         return
-    log = pd.DataFrame(history)
+    log = pd.DataFrame(history, columns=["step", "train", "val"])
     figure, axis = plt.subplots(figsize=(7, 4))
     axis.plot(log["step"], log["train"], color="#999999", lw=1, label="train")
     axis.plot(log["step"], log["val"], color="#0072B2", label="val")

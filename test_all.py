@@ -1,0 +1,710 @@
+"""
+Every promise of this repository, executable.
+
+    python -m pytest test_all.py                    # under a minute and a half on two cores
+    NANOTAB_SLOW=1 python -m pytest test_all.py     # also the big table, the two processes and the full simulations
+    ETTH1=ETTh1.csv python -m pytest test_all.py    # also the published protocol on a real table
+
+Where a test guards against a well-known mistake it runs the mistake too, and shows that it fails.
+"""
+import argparse
+import contextlib
+import io
+import json
+import math
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import torch.nn.functional as F
+
+import data
+import masking
+import model
+import train_mlm
+from data import Batch, load_table, step_generator
+from masking import Inputs, Targets, create_masks, pencil_in
+
+ROOT = Path(__file__).parent
+slow = pytest.mark.skipif(not os.environ.get("NANOTAB_SLOW"), reason="slow: set NANOTAB_SLOW=1")
+etth1 = pytest.mark.skipif(not os.environ.get("ETTH1"), reason="needs a real table: set ETTH1 to the path of ETTh1.csv")
+SMALL = ["--n_layer", "1", "--n_head", "2", "--n_embd", "16", "--batch_size", "4", "--seq_len", "16",
+         "--max_steps", "4", "--eval_every", "2", "--log_every", "1", "--warmup_steps", "2"]
+
+
+# -----------------------------------------------------------------------------
+# a toy table, and ways to call things
+
+def toy(rows=400, seed=0):
+    """A noisy wave, its delayed mirror image, a category that is its sign, a time stamp, 5 % of holes."""
+    rng = np.random.default_rng(seed)
+    wave = np.sin(np.arange(rows) / 5) + 0.3 * rng.standard_normal(rows)
+    table = pd.DataFrame({"date": pd.date_range("2024-01-01", periods=rows, freq="h"), "wave": wave, "mirror": -2 * wave + 7,
+                          "sign": np.where(wave > 0, "up", "down")})
+    return table.assign(**{c: table[c].mask(rng.random(rows) < 0.05) for c in ("wave", "mirror", "sign")})
+
+
+def data_args(*flags):
+    parser = argparse.ArgumentParser()
+    data.add_arguments(parser, "sensors")
+    return parser.parse_args([str(f) for f in flags])
+
+
+def mlm_args(*flags):
+    return train_mlm.get_parser().parse_args([str(f) for f in flags])
+
+
+def random_batch(B=4, T=12, N=3, K=2, missing=0.2, seed=0):
+    """A Batch as data.py would make it: ids 2..4 and a few [UNK], zeros where nothing is observed."""
+    g = torch.Generator().manual_seed(seed)
+    observed = torch.rand(B, T, N + K, generator=g) > missing
+    ids = torch.randint(1, 5, (B, T, K), generator=g) * observed[..., N:]
+    return Batch(torch.randn(B, T, N, generator=g) * observed[..., :N], ids, observed,
+                 torch.ones(B, T, dtype=torch.bool), torch.randn(B, T, 4, generator=g))
+
+
+def random_model(N=3, K=2, T=12, causal=False, seed=0, **kw):
+    """A small model whose head is not zero, so that what reaches it reaches the output."""
+    torch.manual_seed(seed)
+    net = model.TableTransformer(model.Config(N, [5] * K, 4, T, 2, 2, 16, causal=causal, **kw))
+    torch.nn.init.normal_(net.head.weight)
+    return net
+
+
+@pytest.fixture(scope="module")
+def toy_csv(tmp_path_factory):
+    path = tmp_path_factory.mktemp("toy") / "toy.csv"
+    toy().to_csv(path, index=False)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def finished(toy_csv, tmp_path_factory):
+    """One small run that others compare with: (out_dir, history)."""
+    out = tmp_path_factory.mktemp("out")
+    return out, train_mlm.main(["--data", toy_csv, *SMALL, "--max_steps", "8", "--dropout", "0.1", "--out_dir", str(out)])
+
+
+def weights(out):
+    return torch.load(Path(out) / "last.pt", weights_only=True)["model"]
+
+
+def same_bits(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+# -----------------------------------------------------------------------------
+# data.py
+
+def test_nan_stops_at_the_door(tmp_path):
+    path = tmp_path / "hostile.csv"
+    path.write_text("t,a,b,c,empty,const,word\n" + "".join(
+        f"2024-01-01 00:{i:02d}:00,{['1.5', 'nan', 'inf', '-1.18e42', '-inf', 'Bad'][i % 6] if i < 12 else i},"
+        f"{'' if i % 3 else i},{i},,7,{['x', '', 'y'][i % 3]}\n" for i in range(60)))
+    table = load_table(data_args("--data", path, "--seq_len", 8))
+    for name, tensor in table.batch(table.starts("train", 1))._asdict().items():
+        assert torch.isfinite(tensor.float()).all(), name
+    batch = table.batch(table.starts("train", 1))
+    N = len(table.schema.numeric)
+    assert (batch.numeric[~batch.observed[..., :N]] == 0).all() and (batch.categorical[~batch.observed[..., N:]] == 0).all()
+    assert table.repaired["a"] == 8        # two each of inf, -inf, -1.18e42 and a word among numbers; nan was missing
+    assert np.isneginf(np.float32(-1.18e42))                                    # why the test is made in float64
+    column = pd.Series([7.0] * 5)
+    assert ((column - column.mean()) / column.std()).isna().all()               # the naive way with a constant
+    assert table.schema.scale[table.schema.numeric.index("const")] == 1.0
+
+
+def test_schema_sees_train_rows_only():
+    table = toy()
+    changed = table.copy()
+    changed.loc[280:, ["wave", "mirror"]] = 1e6
+    changed.loc[280:, "sign"] = "sideways"
+    args = data_args("--split", 0.7, 0.15, 0.15)
+    a, b = load_table(args, table), load_table(args, changed)
+    assert a.schema == b.schema
+    assert data.fit_scale(changed["wave"].to_numpy(), "standard") != data.fit_scale(table["wave"].to_numpy(), "standard")
+    assert (b.categorical[280:] == data.UNK_ID).sum() == 120 and not (a.categorical == data.UNK_ID).any()
+    assert b.numeric.abs().max() == 10                                          # clipped
+
+
+def test_schema_survives_a_checkpoint_and_decodes(tmp_path):
+    from dataclasses import asdict
+    table = load_table(data_args("--seq_len", 16), toy())
+    torch.save(asdict(table.schema), tmp_path / "schema.pt")
+    schema = data.Schema(**torch.load(tmp_path / "schema.pt", weights_only=True))
+    assert schema == table.schema
+    decoded = schema.decode(table.numeric, table.categorical.long())
+    for name in ("wave", "mirror"):
+        here = toy()[name].notna().to_numpy()
+        np.testing.assert_allclose(decoded[name][here], toy()[name][here], rtol=1e-5, atol=1e-5)
+    here = toy()["sign"].notna().to_numpy()
+    assert (decoded["sign"][here] == toy()["sign"][here]).all() and all(x is None for x in decoded["sign"][~here])
+
+
+@pytest.mark.parametrize("scaler", ["standard", "robust", "none"])
+def test_scalers(scaler):
+    x = np.concatenate([np.random.default_rng(0).normal(5, 2, 10_000), [1e9], [np.nan]])
+    center, scale = data.fit_scale(x, scaler)
+    expected = {"standard": (5, 2), "robust": (5, 2.698), "none": (0, 1)}[scaler]
+    assert center == pytest.approx(expected[0], rel=0.02) and scale == pytest.approx(expected[1], rel=0.02)
+    assert data.fit_scale(np.array([np.nan]), scaler) == (0.0, 1.0)
+
+
+def test_windows_stay_in_their_group_and_pad_on_the_right():
+    lengths = [30, 5, 12, 40, 7, 9, 22, 3, 16, 50]
+    frame = pd.DataFrame({"well": np.repeat(np.arange(10), lengths), "x": np.arange(sum(lengths), dtype=float)})
+    frame["y"] = frame["well"] * 1.0
+    table = load_table(data_args("--group_col", "well", "--seq_len", 20, "--scaler", "none", "--clip", 1e9),
+                       frame.sample(frac=1, random_state=0).sort_index(kind="stable"))
+    rows = {split: set() for split in table.segments}
+    for split in table.segments:
+        for windows in (table.starts(split, 7), table.sample(split, 200, step_generator(1))):
+            batch = table.batch(windows)
+            for b in range(len(windows)):
+                real = batch.valid[b]
+                assert batch.numeric[b, real, 1].unique().numel() == 1          # one group
+                assert (batch.numeric[b, real, 0].diff() == 1).all()            # rows in order, none skipped
+                assert real.sum() == min(20, lengths[int(batch.numeric[b, 0, 1])]) and real[:real.sum()].all()
+                assert not batch.observed[b, ~real].any() and (batch.numeric[b, ~real] == 0).all()
+                rows[split] |= set(batch.numeric[b, real, 0].tolist())
+    assert sum(map(len, rows.values())) == sum(lengths) == len(set.union(*rows.values()))
+
+
+def test_time_sorts_rows_and_becomes_a_clock():
+    frame = toy().sample(frac=1, random_state=0)
+    table = load_table(data_args("--seq_len", 48), frame)
+    assert torch.equal(table.numeric, load_table(data_args("--seq_len", 48), toy()).numeric)
+    clock = table.clock
+    assert clock.shape[1] == 4
+    torch.testing.assert_close(clock[:24, 0], clock[24:48, 0], atol=1e-6, rtol=0)           # sin of the time of day
+    torch.testing.assert_close(clock.square()[:, 0] + clock.square()[:, 2], torch.ones(400))
+
+
+@pytest.mark.parametrize("column,kind", [
+    (["a", "b", None], "categorical"), ([True, False, None], "categorical"), ([True, False, True], "categorical"),
+    ([1, 2, 3], "numeric"), ([None, None, None], "numeric"), (["1.5", "2", None], "numeric"),
+    (["2024-01-01", "2024-01-02", None], "time"), (["a1", "b2", "c3"], "categorical")])
+def test_kinds_are_inferred(column, kind):
+    frame = pd.DataFrame({"x": pd.Series(column), "n": [1.0, 2.0, 3.0]})
+    assert data.infer_kinds(frame, data_args())["x"] == kind
+
+
+def test_simulated_sensors_are_as_described():
+    table = data.simulate_sensors(8000)
+    pd.testing.assert_frame_equal(table, data.simulate_sensors(8000))
+    assert table["humidity"].isna().all() and table["line_frequency"].nunique() == 1
+    assert table["flow"].min() < -1e41 and table["time"].diff().dropna().dt.total_seconds().eq(1).all()
+    assert "maintenance" in set(table["mode"].dropna()) and "maintenance" not in set(table["mode"][:6800].dropna())
+    assert table["flow"][table["mode"] == "boost"].median() > 2 * table["flow"][table["mode"] == "idle"].median()
+
+
+# -----------------------------------------------------------------------------
+# masking.py: what is hidden
+
+@pytest.mark.parametrize("style", ["cell", "span"])
+@pytest.mark.parametrize("rate", [0.05, 0.25, 0.5])
+def test_rate_and_runs_of_hidden_cells(style, rate):
+    observed = torch.rand(64, 200, 10, generator=torch.Generator().manual_seed(0)) > 0.3
+    hidden = create_masks(observed, rate, step_generator(1), style, span=12)
+    assert not (hidden & ~observed).any()
+    full = create_masks(torch.ones_like(observed), rate, step_generator(1), style, span=12)
+    assert full.float().mean() == pytest.approx(rate, abs=0.012)
+    assert full[:, 0].float().mean() == pytest.approx(rate, abs=0.06)          # the first row like any other
+    runs = (full[:, 1:] & ~full[:, :-1]).sum() + full[:, 0].sum()
+    expected = 12 if style == "span" else 1 / (1 - rate)
+    assert full.sum() / runs == pytest.approx(expected, rel=0.1)                # a little shorter: the window cuts runs
+
+
+def test_missing_cells_are_never_hidden_the_naive_form_hides_them():
+    x = torch.tensor([[1.0, float("nan"), 3.0]])
+    assert ((torch.rand(x.shape) < 1) & (x != 0)).all()                         # naive: NaN != pad is True
+    observed = torch.zeros(2, 5, 3, dtype=torch.bool)
+    for style in ("cell", "span"):
+        assert not create_masks(observed, 0.9, step_generator(0), style).any()
+    batch = random_batch()
+    hidden = create_masks(masking.scorable(batch.observed, batch.categorical), 0.9, step_generator(0))
+    assert not (hidden & ~batch.observed).any() and not (hidden[..., 3:] & (batch.categorical == 1)).any()
+
+
+def test_one_rate_a_window_and_spans_too_short_for_their_rate():
+    rates = torch.tensor([0.1, 0.6])[:, None, None]
+    for style in ("cell", "span"):
+        hidden = create_masks(torch.ones(2, 4000, 5, dtype=torch.bool), rates, step_generator(0), style, span=6)
+        torch.testing.assert_close(hidden.float().mean((1, 2)), rates[:, 0, 0], atol=0.03, rtol=0)
+    with pytest.raises(ValueError, match="spans of mean length"):
+        create_masks(torch.ones(1, 9, 1, dtype=torch.bool), 0.6, step_generator(0), "span", span=2)
+
+
+def test_80_10_10_and_the_two_draws_that_miss_it():
+    batch = random_batch(64, 400, missing=0.1)
+    hidden = create_masks(batch.observed, 0.5, step_generator(0))
+    unique = torch.arange(64 * 400 * 3).view(64, 400, 3).float()                # every cell its own value
+    numeric, ids, shown = masking.bert_style_masking(unique, batch.categorical, batch.observed, hidden, step_generator(1))
+    for columns in (slice(3), slice(3, None)):                                  # per kind
+        asked = hidden[..., columns]
+        masked = asked & ~shown[..., columns]
+        assert masked.sum() / asked.sum() == pytest.approx(0.8, abs=0.012)
+    random = hidden[..., :3] & shown[..., :3] & (numeric != unique)
+    kept = hidden[..., :3] & shown[..., :3] & (numeric == unique)
+    assert random.sum() / hidden[..., :3].sum() == pytest.approx(0.1, abs=0.012)
+    assert kept.sum() / hidden[..., :3].sum() == pytest.approx(0.1, abs=0.012)
+    assert torch.equal(numeric[~random], unique[~random])                       # nothing else is touched
+    assert torch.equal(shown[~hidden], batch.observed[~hidden])
+    # naive: 80 % masked, and half of ALL cells that a second draw picks from the rest and its leftovers
+    g = torch.Generator().manual_seed(0)
+    first, second = torch.rand(10**6, generator=g), torch.rand(10**6, generator=g)
+    naive_random = (first >= 0.8) & (second < 0.1)                              # meant as 10 % of all, is 2 %
+    assert abs(naive_random.float().mean() - 0.1) > 0.05
+
+
+def test_donors_come_from_the_same_column_and_are_known():
+    batch = random_batch(8, 30, missing=0.3)
+    column = torch.tensor([100.0, 200.0, 300.0]).expand(8, 30, 3)               # the value names its column
+    hidden = create_masks(batch.observed, 0.5, step_generator(0))
+    marked = torch.where(hidden[..., :3] | ~batch.observed[..., :3], -1.0, column)          # -1: may not be lent
+    numeric, ids, shown = masking.bert_style_masking(marked, batch.categorical, batch.observed, hidden,
+                                                     step_generator(1), mask_share=0.0, random_share=1.0)
+    assert torch.equal(numeric[hidden[..., :3]], column[hidden[..., :3]])
+    assert (ids[hidden[..., 3:]] >= 2).all()                                    # never [MASK], never [UNK]
+    everything = batch.observed                                                 # all hidden: no donors, so all [MASK]
+    _, ids, shown = masking.bert_style_masking(marked, batch.categorical, batch.observed, everything,
+                                               step_generator(1), 0.0, 1.0)
+    assert not shown.any() and (ids == 0).all()
+
+
+def test_schedule_hits_both_ends():
+    p = masking.get_mask_probability
+    assert p(0, 60, 0.05, 0.25) == 0.05 and p(59, 60, 0.05, 0.25) == 0.25
+    assert p(-5, 60, 0.05, 0.25) == 0.05 and p(1000, 60, 0.05, 0.25) == 0.25
+    assert p(0, 0, 0.05, 0.25) == 0.05 and p(0, 1, 0.05, 0.25) == 0.05 and p(1, 1, 0.05, 0.25) == 0.25
+    rates = [p(s, 60, 0.05, 0.25) for s in range(60)]
+    assert np.allclose(np.diff(rates), 0.2 / 59)
+    assert 0.05 + 0.2 * 59 / 60 < 0.25                                          # naive epoch / total never arrives
+
+
+# -----------------------------------------------------------------------------
+# masking.py: what is pencilled in, who may look
+
+def test_pencil_is_what_numpy_and_pandas_would_write():
+    g = torch.Generator().manual_seed(0)
+    numeric, known = torch.randn(6, 40, 5, generator=g), torch.rand(6, 40, 5, generator=g) < 0.3
+    known[0, :, 0] = False
+    both, causal = pencil_in(numeric, known, False), pencil_in(numeric, known, True)
+    for b in range(6):
+        for j in range(5):
+            x, k, rows = numeric[b, :, j].numpy(), known[b, :, j].numpy(), np.arange(40)
+            if not k.any():
+                assert (both[b, :, j] == 0).all() and (causal[b, :, j] == 0).all()
+                continue
+            np.testing.assert_allclose(both[b, :, j], np.interp(rows, rows[k], x[k]), atol=1e-6)
+            np.testing.assert_array_equal(causal[b, :, j], pd.Series(np.where(k, x, np.nan)).ffill().fillna(0))
+    assert torch.equal(both[known], numeric[known])
+    ids, here = torch.tensor([[[2], [0], [0], [3], [0]]]), torch.tensor([[[1], [0], [0], [1], [0]]]).bool()
+    assert masking.pencil_category(ids, here, False).flatten().tolist() == [2, 2, 3, 3, 3]
+    assert masking.pencil_category(ids, here, True).flatten().tolist() == [2, 2, 2, 3, 3]
+
+
+def test_no_query_is_ever_empty_the_naive_mask_makes_nan():
+    valid = torch.tensor([[True] * 4, [True, True, False, False], [False] * 4])
+    q, k, v = torch.randn(3, 3, 2, 4, 8).unbind(0)
+    for causal in (False, True):
+        attend = masking.create_attention_mask(valid, causal)
+        assert attend.shape == (3, 1, 4, 4) and attend.any(-1).all()
+        assert not attend[1, 0, :2, 2:].any()                                   # padding is looked at by nobody real
+        assert torch.isfinite(model.plain_attention(q, k, v, attend)).all()
+        assert not (causal and attend[0, 0].triu(1).any())
+    naive = valid[:, None, :, None] & valid[:, None, None, :]                   # whole padded query rows masked
+    assert model.plain_attention(q, k, v, naive).isnan().any()
+
+
+# -----------------------------------------------------------------------------
+# model.py
+
+@pytest.mark.parametrize("dtype,tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("padded", [False, True])
+def test_attention_equals_plain_softmax(dtype, tolerance, causal, padded):
+    torch.manual_seed(0)
+    valid = torch.arange(20) < torch.tensor([20, 7 if padded else 20])[:, None]
+    # causal, the model is given no mask: padding on the right is in the future of every real row
+    attend = None if causal or not padded else masking.create_attention_mask(valid, causal)
+    block = model.SelfAttention(model.Config(1, [], n_head=4, n_embd=32, causal=causal)).to(dtype)
+    x, (cos, sin) = torch.randn(2, 20, 32, dtype=dtype), model.rotary_table(20, 8)
+    out = block(x, attend, cos, sin)
+    q, k, v = (z.view(2, 20, 4, 8).transpose(1, 2).float() for z in block.qkv(x).chunk(3, -1))
+    full = masking.create_attention_mask(valid, causal)
+    y = model.plain_attention(model.rotate(q, cos, sin), model.rotate(k, cos, sin), v, full)
+    y = block.proj(y.transpose(1, 2).reshape(2, 20, 32).to(dtype))
+    torch.testing.assert_close(out[valid], y[valid], atol=tolerance, rtol=tolerance)
+
+
+def test_rotary_attention_depends_on_distance_alone():
+    cos, sin = model.rotary_table(30, 8)
+    q, k = torch.randn(2, 8).double().unbind(0)
+    turn = lambda x, row: model.rotate(x, cos[row].double(), sin[row].double())
+    for row in (5, 20):
+        assert torch.allclose(turn(q, 3) @ turn(k, 0), turn(q, row + 3) @ turn(k, row), atol=1e-5)
+
+
+def test_who_sees_whom():
+    both, causal = model.find_leaks(causal=False), model.find_leaks(causal=True)
+    assert both.all()                                       # masked: past, future, and through them other columns
+    assert torch.equal(causal, torch.ones(12, 12).tril().bool())
+    q = torch.randn(1, 12, 2, 8, requires_grad=True)        # naive: heads and rows swapped, attention over heads
+    F.scaled_dot_product_attention(q, q, q)[0, 5].sum().backward()
+    assert q.grad[0, 0].abs().sum() == 0                    # row 5 does not depend on row 0, and nothing complains
+
+
+def test_a_column_is_filled_from_the_other_columns():
+    batch, net = random_batch(missing=0), random_model()
+    args, g = mlm_args("--mask_share", 1), step_generator(3)
+    inputs, _ = train_mlm.objective(batch, args, g, case=0.5)
+    numeric = inputs.numeric.clone().requires_grad_()
+    guess, logits = net(inputs._replace(numeric=numeric))
+    gradient, = torch.autograd.grad(guess[0, 4, 0] + logits[0][0, 4].sum() * 0, numeric)
+    known = inputs.known[0, :, 1]
+    assert (gradient[0, known, 1] != 0).all()
+
+
+@pytest.mark.parametrize("flags", [[], ["--mask_share", "0.5", "--random_share", "0.25"]])
+def test_the_truth_under_a_mask_reaches_no_output(flags):
+    batch, net, args = random_batch(), random_model(), mlm_args(*flags)
+    inputs, targets = train_mlm.objective(batch, args, step_generator(1), step=0)
+    covered = targets.score & ~inputs.shown                                     # shown as [MASK]
+    assert covered[..., :3].any() and covered[..., 3:].any()
+    forged = batch._replace(numeric=torch.where(covered[..., :3], 1e3, batch.numeric),
+                            categorical=torch.where(covered[..., 3:], 4, batch.categorical))
+    other, _ = train_mlm.objective(forged, args, step_generator(1), step=0)
+    assert torch.equal(inputs.pencil, other.pencil)
+    for a, b in zip([net(inputs)[0], *net(inputs)[1]], [net(other)[0], *net(other)[1]]):
+        assert torch.equal(a, b)
+    # naive: window statistics over all observed cells instead of the known ones
+    leak = [net(i._replace(known=batch.observed))[0] for i in (inputs, other)]
+    assert not torch.equal(*leak)
+
+
+def test_random_and_kept_cells_are_never_taken_for_the_truth():
+    batch, args = random_batch(missing=0), mlm_args("--mask_share", 0, "--random_share", 0.5)
+    inputs, targets = train_mlm.objective(batch, args, step_generator(1), step=0)
+    assert targets.score.any() and not (inputs.known & targets.score).any()
+    assert torch.equal(inputs.pencil, pencil_in(batch.numeric, (batch.observed & ~targets.score)[..., :3], False))
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_an_untrained_model_is_its_baseline(causal):
+    batch = random_batch(T=30)
+    net = model.TableTransformer(model.Config(3, [5, 5], 4, 30, 1, 2, 16, causal=causal))
+    known = batch.observed & ~create_masks(batch.observed, 0.3, step_generator(0))
+    pencil = pencil_in(batch.numeric, known[..., :3], causal)
+    guess, _ = net(Inputs(batch.numeric, batch.categorical * known[..., 3:], known, known, pencil, batch.clock, None))
+    assert torch.equal(guess, pencil)
+
+
+def test_padding_changes_nothing():
+    batch, net = random_batch(B=1, T=12), random_model()
+    short = Batch(*(x[:, :8] for x in batch))
+    padded = Batch(*(torch.cat([x, torch.zeros(1, 4, *x.shape[2:], dtype=x.dtype)], 1) for x in short))
+    args = mlm_args("--eval_mask_probs", 0.3)
+    hidden = create_masks(short.observed, 0.3, step_generator(0))
+    def outputs(b, h):
+        known = b.observed & ~h
+        attend = None if b.valid.all() else masking.create_attention_mask(b.valid, False)
+        return net(Inputs(b.numeric, b.categorical * known[..., 3:], known, known,
+                          pencil_in(b.numeric, known[..., :3], False), b.clock, attend))
+    a, b = outputs(short, hidden), outputs(padded, F.pad(hidden, (0, 0, 0, 4)))
+    torch.testing.assert_close(a[0], b[0][:, :8], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(a[1][0], b[1][0][:, :8], atol=1e-5, rtol=1e-5)
+
+
+def test_window_scale_stays_finite_and_calm():
+    x = torch.full((1, 50, 3), 3.0)
+    known = torch.ones(1, 50, 3, dtype=torch.bool)
+    known[..., 1] = False
+    center, scale = model.window_scale(x, known)
+    assert center.flatten().tolist() == [3, 0, 3] and scale[0, 0, 1] == 1      # no known cell: the train column's own
+    assert (scale > 0.1).all()                                                 # no spread: not divided by nothing
+
+
+def test_unk_is_a_constant_zero():
+    net = random_model()
+    ids = torch.ones(1, 12, 2, dtype=torch.long)
+    zero = net.embed(torch.zeros(1, 12, 3), torch.ones(1, 12, 3, dtype=torch.bool), ids, torch.zeros(1, 12, 4))
+    assert torch.equal(zero, net.embed.bias.expand(1, 12, 16))
+    zero.sum().backward()
+    assert net.embed.categories.weight.grad[0].abs().sum() == 0
+
+
+HOSTILE = {
+    "missing column": lambda b: b.observed[..., 0].fill_(False), "missing row": lambda b: b.observed[:, 3].fill_(False),
+    "empty window": lambda b: b.observed[0].fill_(False), "constant column": lambda b: b.numeric[..., 1].fill_(2.0),
+    "one category": lambda b: b.categorical.fill_(2), "nothing observed": lambda b: b.observed.fill_(False),
+    "padding": lambda b: (b.valid[:, 5:].fill_(False), b.observed[:, 5:].fill_(False)), "as it is": lambda b: None}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(3, 2), (3, 0), (0, 2)])
+@pytest.mark.parametrize("how", HOSTILE)
+def test_loss_and_gradients_are_finite(how, shape, dtype):
+    N, K = shape
+    batch = random_batch(N=max(N, 2), K=K)
+    HOSTILE[how](batch)
+    batch = batch._replace(numeric=batch.numeric[..., :N], observed=batch.observed[..., max(N, 2) - N:])
+    batch = batch._replace(numeric=batch.numeric * batch.observed[..., :N], categorical=batch.categorical * batch.observed[..., N:])
+    for rate in (1e-9, 0.5, 0.999):                         # next to none hidden: the mean of no cells is 0/0
+        net = random_model(N, K)
+        inputs, targets = train_mlm.objective(batch, mlm_args(), step_generator(0), case=rate)
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            guess, logits = net(inputs)
+        loss = (model.sum_losses(guess, logits, targets) / model.count_scored(targets).clamp(min=1)).sum()
+        loss.backward()
+        assert torch.isfinite(loss) and all(p.grad is None or torch.isfinite(p.grad).all() for p in net.parameters())
+    assert F.mse_loss(torch.zeros(0), torch.zeros(0)).isnan()                   # the naive form
+
+
+def test_loss_is_the_mean_over_scored_cells():
+    batch, net = random_batch(), random_model()
+    inputs, targets = train_mlm.objective(batch, mlm_args(), step_generator(1), step=5)
+    guess, logits = net(inputs)
+    numeric, categorical = model.sum_losses(guess, logits, targets) / model.count_scored(targets)
+    chosen = targets.score[..., :3]
+    torch.testing.assert_close(numeric, F.mse_loss(guess[chosen], targets.numeric[chosen]))
+    every = torch.cat([F.cross_entropy(logits[k][targets.score[..., 3 + k]],
+                                       targets.categorical[..., k][targets.score[..., 3 + k]] - 2, reduction="none")
+                       for k in range(2)])
+    torch.testing.assert_close(categorical, every.mean())
+    huber = model.sum_losses(guess, logits, targets, "huber")[0]
+    torch.testing.assert_close(huber, F.huber_loss(guess[chosen], targets.numeric[chosen], reduction="sum"))
+    # naive: multiplying a NaN target by a mask of 0
+    assert (torch.tensor([1.0, float("nan")]) * torch.tensor([1.0, 0.0])).sum().isnan()
+
+
+# -----------------------------------------------------------------------------
+# the loop
+
+def test_loss_falls_and_beats_the_baselines(toy_csv, tmp_path):
+    history = train_mlm.main(["--data", toy_csv, "--seq_len", "32", "--n_layer", "2", "--n_embd", "32", "--max_steps", "300",
+                              "--lr", "3e-3", "--eval_every", "100", "--out_dir", str(tmp_path)])
+    assert history[-1]["val"] < 0.5 * history[0]["val"]
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert {"script", "data", "steps", "seconds", "n_params", "seed", "eval_mask_probs", "test"} <= results.keys()
+    for rate in range(4):
+        for name in ("mean", "last", "linear"):
+            assert results["test"]["model"]["mse"][rate] < 0.7 * results["test"][name]["mse"][rate]
+    assert len(pd.read_csv(tmp_path / "log.csv")) == len(history)
+    assert (tmp_path / "loss.png").stat().st_size > 5000 and (tmp_path / "window.png").stat().st_size > 5000
+
+
+def test_same_seed_same_bits_and_evaluation_changes_nothing(finished, toy_csv, tmp_path):
+    train_mlm.main(["--data", toy_csv, *SMALL, "--max_steps", "8", "--dropout", "0.1", "--eval_every", "1",
+                    "--eval_stride", "3", "--out_dir", str(tmp_path)])
+    assert same_bits(weights(finished[0]), weights(tmp_path))
+    train_mlm.main(["--data", toy_csv, *SMALL, "--max_steps", "8", "--dropout", "0.1", "--seed", "1", "--out_dir", str(tmp_path)])
+    assert not same_bits(weights(finished[0]), weights(tmp_path))
+
+
+def test_resume_ends_with_the_same_bits(finished, toy_csv, tmp_path, monkeypatch, capsys):
+    class Stop(Exception):
+        pass
+    real = train_mlm.learning_rate
+    def stop_at_five(step, args):
+        if step == 5:
+            raise Stop
+        return real(step, args)
+    monkeypatch.setattr(train_mlm, "learning_rate", stop_at_five)
+    with pytest.raises(Stop):
+        train_mlm.main(["--data", toy_csv, *SMALL, "--max_steps", "8", "--dropout", "0.1", "--out_dir", str(tmp_path)])
+    assert len(pd.read_csv(tmp_path / "log.csv")) == 5
+    monkeypatch.undo()
+    history = train_mlm.main(["--resume", "--out_dir", str(tmp_path)])          # every other flag is the checkpoint's
+    assert same_bits(weights(finished[0]), weights(tmp_path))
+    assert [row["step"] for row in history] == list(range(1, 9)) == pd.read_csv(tmp_path / "log.csv")["step"].tolist()
+    assert [row["train"] for row in history] == pytest.approx([row["train"] for row in finished[1]])
+    capsys.readouterr()
+    train_mlm.main(["--resume", "--out_dir", str(tmp_path), "--max_steps", "9"])
+    assert "--max_steps 9 overrides 8" in capsys.readouterr().out
+
+
+def test_a_non_finite_gradient_stops_before_the_step(toy_csv, tmp_path, monkeypatch, capsys):
+    real, calls = train_mlm.sum_losses, []
+    def poisoned(*a):
+        calls.append(torch.is_grad_enabled())
+        return real(*a) * (math.nan if sum(calls) == 4 else 1)                  # the fourth training step
+    monkeypatch.setattr(train_mlm, "sum_losses", poisoned)
+    with pytest.raises(SystemExit) as stopped:
+        train_mlm.main(["--data", toy_csv, *SMALL, "--max_steps", "8", "--out_dir", str(tmp_path)])
+    assert stopped.value.code == 1 and "step 3" in capsys.readouterr().err
+    assert all(torch.isfinite(x).all() for x in weights(tmp_path).values())
+    monkeypatch.undo()
+    train_mlm.main(["--resume", "--out_dir", str(tmp_path)])
+    # naive: clip first, ask later. One NaN makes every gradient NaN, and after the step every weight
+    p = [torch.nn.Parameter(torch.ones(2)) for _ in range(3)]
+    for x, g in zip(p, (1.0, math.nan, 1.0)):
+        x.grad = torch.full((2,), g)
+    torch.nn.utils.clip_grad_norm_(p, 1.0)
+    assert all(x.grad.isnan().all() for x in p)
+
+
+def test_two_small_batches_accumulate_to_one_large_step(toy_csv, tmp_path):
+    """The counts of a step are those of all its cells: micro-batches with different numbers of hidden cells weigh as
+    they would in one batch. Naive: averaging two means."""
+    batch, net = random_batch(B=4), random_model()
+    inputs, targets = train_mlm.objective(batch, mlm_args(), step_generator(0), step=0)
+    cut = lambda x, i: type(x)(*(t if t is None else t[i] for t in x))
+    halves = [(cut(inputs, i), cut(targets, i)) for i in (slice(0, 1), slice(1, 4))]
+    def gradient(parts, count):
+        net.zero_grad()
+        for i, t in parts:
+            (model.sum_losses(*net(i), t) / (count if count is not None else model.count_scored(t) * len(parts))).sum().backward()
+        return torch.cat([p.grad.flatten() for p in net.parameters() if p.grad is not None])
+    whole = gradient([(inputs, targets)], model.count_scored(targets))
+    torch.testing.assert_close(gradient(halves, model.count_scored(targets)), whole, atol=1e-5, rtol=1e-4)
+    assert not torch.allclose(gradient(halves, None), whole, atol=1e-5, rtol=1e-4)
+
+
+def test_learning_rate_starts_above_zero_and_ends_at_the_floor():
+    args = mlm_args("--lr", 1, "--min_lr", 0.1, "--warmup_steps", 10, "--max_steps", 100)
+    rates = [train_mlm.learning_rate(s, args) for s in range(100)]
+    assert rates[0] == 0.1 and max(rates) == rates[9] == 1 and rates[-1] == pytest.approx(0.1)
+    assert train_mlm.learning_rate(0, mlm_args("--warmup_steps", 0, "--max_steps", 1)) > 0
+
+
+@pytest.mark.parametrize("flags", [
+    ["--mask_style", "span"], ["--mask_prob_start", "0.05"], ["--mask_spread", "0"], ["--mask_prob", "0.6", "--mask_style", "span"], ["--mask_prob", "0.95"],
+    ["--score", "observed"], ["--loss", "huber", "--grad_accum", "2", "--grad_clip", "0"], ["--dtype", "bfloat16"],
+    ["--dtype", "float16"], ["--scaler", "robust", "--seq_len", "1"], ["--drop_cols", "sign", "date"],
+    ["--drop_cols", "wave", "mirror"], ["--categorical_cols", "wave"], ["--seq_len", "100000"], ["--max_steps", "0"]])
+def test_flags_run(flags, toy_csv, tmp_path):
+    history = train_mlm.main(["--data", toy_csv, *SMALL, "--max_steps", "2", *flags, "--out_dir", str(tmp_path)])
+    assert all(math.isfinite(row[k]) for row in history for k in ("train", "val", "norm"))
+    assert (tmp_path / "results.json").exists()
+
+
+def test_help_lists_every_flag_with_help_and_default():
+    parser = train_mlm.get_parser()
+    text = re.sub(r"\s+", " ", parser.format_help())
+    for action in parser._actions[1:]:
+        assert action.help and action.option_strings[0] in text, action.dest
+        assert f"(default: {action.default})".replace("%%", "%") in text, action.dest
+
+
+# -----------------------------------------------------------------------------
+# bad input: one sentence, exit code 2, nothing overwritten
+
+def refused(argv, capsys, *words):
+    with pytest.raises(SystemExit) as stopped:
+        train_mlm.main([str(a) for a in argv])
+    message = capsys.readouterr().err
+    assert stopped.value.code == 2 and "Traceback" not in message
+    last = message.strip().splitlines()[-1]
+    assert "error: " in last and all(word in last for word in words), message
+    return message
+
+
+@pytest.mark.parametrize("content,flags,words", [
+    (None, [], ["no such file"]), ("", [], ["cannot read"]), ("a,b\n", [], ["no rows"]), ("a,b\n1,2\n", [], ["--split"]),
+    ("date\n2024-01-01\n2024-01-02\n", [], ["no usable column"]),
+    ("toy", ["--drop_cols", "nope"], ["nope", "wave"]), ("toy", ["--time_col", "nope"], ["nope"]),
+    ("toy", ["--split", "390", "10", "0"], ["test", "--split"]), ("toy", ["--split", "500", "10", "10"], ["520", "400"]),
+    ("toy", ["--n_embd", "30", "--n_head", "4"], ["n_embd 30", "n_head 4"]),
+    ("toy", ["--mask_prob", "0"], ["--mask_prob"]), ("toy", ["--mask_prob", "1"], ["--mask_prob"]),
+    ("toy", ["--mask_share", "0.8", "--random_share", "0.3"], ["--mask_share", "--random_share"]),
+    ("toy", ["--mask_style", "span", "--mask_span", "1"], ["--mask_span"]), ("toy", ["--mask_pro", "0.2"], ["--mask_pro"]),
+    ("toy", ["--batch_size", "0"], ["--batch_size"]), ("toy", ["--device", "cuda:99"], ["--device"]),
+    ("toy", ["--read_csv", "nonsense=1"], ["nonsense"]), ("toy", ["--resume"], ["no such checkpoint"])])
+def test_bad_input_is_one_sentence(content, flags, words, toy_csv, tmp_path, capsys):
+    path = toy_csv if content == "toy" else tmp_path / "bad.csv"
+    if content not in (None, "toy"):
+        path.write_text(content)
+    out = tmp_path / "out"
+    refused(["--data", path, *SMALL, *flags, "--out_dir", out], capsys, *words)
+    assert not out.exists()
+
+
+def test_a_checkpoint_of_another_table_or_none_is_refused_and_kept(finished, toy_csv, tmp_path, capsys):
+    out, _ = finished
+    before = {f.name: f.read_bytes() for f in out.iterdir()}
+    other = tmp_path / "other.csv"
+    toy(seed=5).rename(columns={"wave": "surf"}).to_csv(other, index=False)
+    refused(["--resume", "--out_dir", out, "--data", other], capsys, "another table")
+    refused(["--resume", "--out_dir", out, "--n_embd", "32"], capsys, "another shape")
+    assert before == {f.name: f.read_bytes() for f in out.iterdir()}
+    (tmp_path / "last.pt").write_bytes((out / "last.pt").read_bytes()[:1000])
+    refused(["--resume", "--out_dir", tmp_path], capsys, "cannot be read")
+
+
+# -----------------------------------------------------------------------------
+# as a user would
+
+def commands():
+    """Every `python ...` line in the README and the docstrings, without what follows a #."""
+    text = "\n".join((ROOT / f).read_text() for f in ("README.md", "train_mlm.py", "data.py", "masking.py", "model.py"))
+    found = re.findall(r"^ *(?:.*&& )?python ((?:train_mlm|data|masking|model)\.py.*)$", text, re.M)
+    return sorted({c.split("#")[0].strip() for c in found})
+
+
+def test_every_command_parses():
+    assert len(commands()) > 8
+    for command in commands():
+        script, *flags = shlex.split(command)
+        if script == "train_mlm.py":
+            train_mlm.get_parser().parse_args(flags)
+
+
+@pytest.mark.parametrize("command", [c for c in commands() if c.startswith("train_mlm") and "--resume" not in c])
+def test_every_training_command_runs(command, toy_csv, tmp_path):
+    flags = shlex.split(command)[1:]
+    if "--split" in flags:                                  # row counts of another file
+        flags[flags.index("--split") + 1:flags.index("--split") + 4] = ["0.6", "0.2", "0.2"]
+    # the last flag wins: the command's own, then a tiny table and few steps
+    train_mlm.main([*flags, *SMALL, "--data", toy_csv, "--time_col", "", "--group_col", "", "--read_csv", "",
+                    "--out_dir", str(tmp_path)])
+
+
+@pytest.mark.parametrize("command", ["data.py", "masking.py", "model.py", "model.py --leaks"])
+def test_each_file_runs_by_itself(command):
+    run = subprocess.run([sys.executable, "-W", "error::DeprecationWarning", *shlex.split(command)], cwd=ROOT,
+                         capture_output=True, text=True)
+    assert run.returncode == 0 and len(run.stdout.splitlines()) > 15, run.stderr
+
+
+def test_masking_and_model_import_nothing_above_them():
+    code = "import sys, masking, model; assert not {'data', 'pandas', 'train_mlm'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+@etth1
+def test_linear_interpolation_on_etth1_gives_the_published_numbers(tmp_path):
+    train_mlm.main(["--data", os.environ["ETTH1"], "--split", "8640", "2880", "2880", "--eval_stride", "8", "--max_steps", "0",
+                    "--out_dir", str(tmp_path)])
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["eval_mask_probs"] == [0.125, 0.25, 0.375, 0.5]
+    assert results["test"]["linear"]["mse"] == pytest.approx([0.0845, 0.0996, 0.1231, 0.1644], rel=0.05)
+
+
+@slow
+def test_two_processes_train_one_model(toy_csv, tmp_path):
+    run = subprocess.run(["torchrun", "--standalone", "--nproc_per_node=2", "train_mlm.py", "--data", toy_csv, *SMALL,
+                          "--out_dir", str(tmp_path)], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr
+    assert len(pd.read_csv(tmp_path / "log.csv")) == 4 and (tmp_path / "results.json").exists()
+
+
+@slow
+def test_two_million_rows_fit(tmp_path):
+    """2,000,000 rows x 30 columns, T 1024: resident memory below three times the float32 table plus 1 GiB."""
+    rng = np.random.default_rng(0)
+    pd.DataFrame(rng.standard_normal((2_000_000, 30), dtype=np.float32).round(3)).to_csv(tmp_path / "big.csv", index=False)
+    code = ("import resource, sys, train_mlm; train_mlm.main(sys.argv[1:]); "
+            "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)")
+    run = subprocess.run([sys.executable, "-c", code, "--data", str(tmp_path / "big.csv"), *SMALL, "--seq_len", "1024",
+                          "--max_steps", "2", "--split", "1990000", "5000", "5000", "--out_dir", str(tmp_path)],
+                         cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert int(run.stdout.split()[-1]) < 3 * 2_000_000 * 30 * 4 + 2 ** 30
