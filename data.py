@@ -167,56 +167,55 @@ def read_table(source, read_csv=""):
 
 def as_time(column):
     """The column as time stamps if every value that is there reads as one, else None."""
-    if pd.api.types.is_datetime64_any_dtype(column):
-        return column
     text = column.dropna()
-    if pd.api.types.is_numeric_dtype(column) or text.empty or not any(c.isdigit() for c in str(text.iloc[0])):
+    if pd.api.types.is_numeric_dtype(column) or text.empty:
         return None
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")                         # pandas warns where it has to guess the format
+        warnings.simplefilter("ignore")                     # pandas warns where it has to guess the format
+        if pd.to_datetime(text.iloc[:1], errors="coerce", utc=True).isna().any():
+            return None                                     # saves parsing a long column of words
         try:
-            parsed = pd.to_datetime(column, errors="coerce")
-        except (ValueError, TypeError):                         # several time zones in one column
-            parsed = pd.to_datetime(column, errors="coerce", utc=True)
-    return parsed if parsed.notna().sum() == len(text) else None
+            stamps = pd.to_datetime(column, errors="coerce")
+        except ValueError:                                  # several time zones in one column
+            stamps = pd.to_datetime(column, errors="coerce", utc=True)
+    return stamps if stamps.notna().sum() == len(text) else None
+
+
+def infer_kind(column):
+    """"numeric", "categorical", "time" or "dropped: why", from the values of one column."""
+    if pd.api.types.infer_dtype(column, skipna=True) in ("boolean", "categorical"):
+        return "categorical"                                # True with holes in it is an object column to pandas
+    if not pd.api.types.is_datetime64_any_dtype(column):
+        numeric = pd.to_numeric(column, errors="coerce").notna().sum()
+        if numeric >= 0.9 * column.notna().sum():           # "Bad" and "No Data" among numbers are missing numbers
+            return "numeric"
+    if as_time(column) is not None:
+        return "time"
+    if column.nunique() > MAX_CATEGORIES:
+        return f"dropped: more than {MAX_CATEGORIES} distinct texts (--categorical_cols keeps it)"
+    return "categorical"
 
 
 def infer_kinds(table, args):
-    """Returns {column: "time" | "group" | "numeric" | "categorical" | "dropped: why"}; turns the time column into
-    time stamps in place. Flags win over inference; the first column that reads as time stamps is the time column."""
+    """{column: "time" | "group" | "numeric" | "categorical" | "dropped: why"}; turns the time column into time stamps
+    in place. Flags win over inference; without --time_col the first column of time stamps is the time column."""
     flags = {"time": [args.time_col] if args.time_col else [], "group": [args.group_col] if args.group_col else [],
              "numeric": args.numeric_cols, "categorical": args.categorical_cols, "dropped: --drop_cols": args.drop_cols}
-    chosen = {name: kind for kind, names in flags.items() for name in names}
-    for name in chosen:
+    kinds = {name: kind for kind, names in flags.items() for name in names}
+    for name in kinds:
         if name not in table.columns:
-            fail(f"{args.data}: no column {name!r}; it has {', '.join(table.columns[:12])}"
-                 + (" ..." if table.shape[1] > 12 else ""))
-    kinds = {}
+            some = ", ".join(table.columns[:12]) + (" ..." if table.shape[1] > 12 else "")
+            fail(f"{args.data}: there is no column {name!r}; it has {some}")
     for name in table.columns:
-        column, kind = table[name], chosen.get(name)
-        if kind in (None, "time"):
-            stamps = as_time(column)
-            if stamps is not None:
-                if kind is None and (args.time_col or "time" in kinds.values()):
-                    kind = "dropped: a second time column"
-                else:
-                    kind, table[name] = "time", stamps
-        if kind is None and pd.api.types.infer_dtype(column, skipna=True) in ("boolean", "categorical"):
-            kind = "categorical"                                # True with holes in it is an object column to pandas
-        if kind is None and pd.api.types.is_numeric_dtype(column):
-            kind = "numeric"
-        if kind is None:                                        # text: numbers with a few words among them, or labels?
-            count = column.notna().sum()
-            if pd.to_numeric(column, errors="coerce").notna().sum() >= 0.9 * count:
-                kind = "numeric"
-            elif column.astype(str).nunique() > MAX_CATEGORIES:
-                kind = f"dropped: more than {MAX_CATEGORIES} distinct texts (--categorical_cols keeps it)"
-            else:
-                kind = "categorical"
-        kinds[name] = kind
-    if not any(kind in ("numeric", "categorical") for kind in kinds.values()):
-        fail(f"{args.data}: no usable column (numbers or categories beside the time and the group column)")
-    return kinds
+        if name not in kinds:
+            kind = infer_kind(table[name])
+            kinds[name] = "dropped: a second time column" if kind == "time" and "time" in kinds.values() else kind
+        if kinds[name] == "time":
+            stamps = as_time(table[name])
+            table[name] = table[name] if stamps is None else stamps     # a number can sort rows, but is no clock
+    if not {"numeric", "categorical"} & set(kinds.values()):
+        fail(f"{args.data}: no usable column: there must be numbers or categories beside the time and the group")
+    return {name: kinds[name] for name in table.columns}
 
 
 def numbers(column):
@@ -265,15 +264,12 @@ def fit_scale(x, scaler):
     """center, scale of one float64 column (train rows, NaN = missing), statistics after clipping at the 0.1 % and
     99.9 % quantiles so that one spike does not set the scale. A constant or empty column gets scale 1."""
     x = x[~np.isnan(x)]
-    if scaler == "none" or len(x) == 0:
+    if len(x) == 0:
         return 0.0, 1.0
     x = np.clip(x, *np.quantile(x, [0.001, 0.999]))
-    if scaler == "robust":
-        low, center, high = np.quantile(x, [0.25, 0.5, 0.75])
-        scale = high - low
-    else:
-        center, scale = x.mean(), x.std()
-    return float(center), float(scale) if scale > 1e-9 * abs(center) else 1.0   # a constant's std is rounding noise
+    low, median, high = np.quantile(x, [0.25, 0.5, 0.75])
+    center, scale = {"standard": (x.mean(), x.std()), "robust": (median, high - low), "none": (x.mean(), 1.0)}[scaler]
+    return float(center), float(scale) if scale > 1e-9 * abs(center) else 1.0   # a constant's std is rounding
 
 
 def fit_schema(table, kinds, is_train, args):
@@ -432,14 +428,13 @@ def step_generator(*key):
 
 
 def number(kind, low, high=float("inf"), inside=False):
-    """An argparse type: an int or a float from low to high, both allowed (inside: neither)."""
+    """An argparse type: an int or a float from low to high (inside: without the ends)."""
     def parse(text):
         value = kind(text)
         if not (low < value < high if inside else low <= value <= high):
-            bounds = f"at least {low}" if high == float("inf") else f"between {low} and {high}"
-            raise argparse.ArgumentTypeError(f"{text} must be {'more than 0' if inside and high > 1 else bounds}")
+            raise argparse.ArgumentTypeError(f"{text} is not {'inside' if inside else 'in'} {low} to {high}")
         return value
-    parse.__name__ = kind.__name__              # argparse says "invalid int value" where kind(text) itself fails
+    parse.__name__ = kind.__name__                          # "invalid int value: 'x'", says argparse
     return parse
 
 
@@ -456,9 +451,9 @@ def add_arguments(parser, source):
     add("--categorical_cols", nargs="+", default=[], metavar="COL", help="columns to read as categories")
     add("--drop_cols", nargs="+", default=[], metavar="COL", help="columns to leave out")
     add("--scaler", choices=["standard", "robust", "none"], default="standard",
-        help="mean and std, median and IQR, or as it is (then mind --clip)")
-    add("--clip", type=float, default=10.0, help="scaled values are clipped to plus or minus this")
-    add("--seq_len", type=int, default=96, help="T, rows of a window")
+        help="by mean and std, by median and IQR, or own units, only centred (then mind --clip)")
+    add("--clip", type=number(float, 0, inside=True), default=10.0, help="scaled values are cut to +- this")
+    add("--seq_len", type=number(int, 1), default=96, help="T, rows of a window")
 
 
 def tiny_batch():

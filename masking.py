@@ -22,10 +22,11 @@ UNK_ID = 1      # a category never seen in the train rows; id 0 is [MASK], a col
 class Inputs(NamedTuple):
     """What the model gets to see of a batch. A training script's objective fills it in."""
     numeric: torch.Tensor           # (B, T, N) float32, the values to show; read only where `shown`
-    categorical: torch.Tensor       # (B, T, K) int64, the ids to show; 0 where not `shown`
+    categorical: torch.Tensor       # (B, T, K) int64, the ids to show; read only where `shown`
     shown: torch.Tensor             # (B, T, F) bool, True = the embedding gets a value here and not [MASK]
     known: torch.Tensor             # (B, T, F) bool, True = this value is true; statistics come from these alone
     pencil: torch.Tensor            # (B, T, N) float32, the guess that the model starts from
+    pencil_ids: torch.Tensor        # (B, T, K) int64, the same for categories; 0 = no known cell to guess from
     clock: torch.Tensor             # (B, T, C) float32
     attend: Optional[torch.Tensor]  # (B, 1, T, T) bool, True = query may look at key; None = nothing to mask
 

@@ -22,6 +22,7 @@ The words, used everywhere:
 """
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
@@ -119,25 +120,25 @@ class Block(nn.Module):
 class RowEmbedding(nn.Module):
     """A row is the sum of its cells and of its clock.
 
-    A number is its value times a vector of its column, or, where it is not shown, the pencilled-in value times that
-    vector plus the column's [MASK] vector. A category is the vector of its id. Missing in the file and hidden by us
-    look the same here; only the loss knows.
+    A number is its value times a vector of its column, a category the vector of its id. Where a cell is not shown its
+    pencilled-in value stands in for it, plus the column's [MASK] vector that says so. Missing in the file and hidden
+    by us look the same here; only the loss knows.
     """
 
     def __init__(self, config):
         super().__init__()
-        n_in = 2 * config.n_numeric + config.n_clock
-        self.weight = nn.Parameter(torch.empty(n_in, config.n_embd))            # values, [MASK] vectors, clock
+        N, K, C = config.n_numeric, len(config.vocab_sizes), config.n_clock
+        self.weight = nn.Parameter(torch.empty(N + N + K + C, config.n_embd))   # values, [MASK] vectors, clock
         self.bias = nn.Parameter(torch.zeros(config.n_embd))                    # the sum of the columns' biases
         # one table for all categorical columns, column after column. Row 0 belongs to nobody: it is [UNK] of every
         # column, and padding_idx keeps it at zero
-        offset = torch.tensor([1] + config.vocab_sizes[:-1] if config.vocab_sizes else []).cumsum(0)
-        self.register_buffer("offset", offset.long(), persistent=False)         # (K,)
+        offset = torch.tensor([1] + config.vocab_sizes[:-1] if K else [], dtype=torch.long).cumsum(0)
+        self.register_buffer("offset", offset, persistent=False)                # (K,)
         self.categories = nn.Embedding(1 + sum(config.vocab_sizes), config.n_embd, padding_idx=0)
 
-    def forward(self, values, shown, ids, clock):
-        # values (B, T, N), shown (B, T, N), ids (B, T, K), clock (B, T, C)
-        x = torch.cat((values, (~shown).type_as(values), clock), dim=-1)        # (B, T, 2N + C)
+    def forward(self, values, ids, shown, clock):
+        # values (B, T, N), ids (B, T, K), shown (B, T, F), clock (B, T, C)
+        x = torch.cat((values, (~shown).type_as(values), clock), dim=-1)        # (B, T, N + F + C)
         rows = torch.where(ids == 1, 0, ids + self.offset)                      # (B, T, K) rows of the one table
         return x @ self.weight + self.bias + self.categories(rows).sum(dim=2)   # (B, T, D)
 
@@ -155,11 +156,19 @@ def window_scale(numeric, known):
     return center, ((square + 1) / (count + 1)).sqrt()
 
 
-class TableTransformer(nn.Module):
-    """Inputs of masking.py -> a guess for each cell: numbers (B, T, N) float32 and K logits (B, T, V_k - 2).
+class Guess(NamedTuple):
+    """What the model says of each cell."""
+    numeric: torch.Tensor       # (B, T, N) float32
+    logits: list                # K of (B, T, V_k - 2) float32
+    scale: torch.Tensor         # (B, 1, N), the spread that the loss measures errors in; 1.0 where causal
 
-    The numeric head predicts the correction to the pencilled-in value and starts at zero: before its first step the
-    model IS linear interpolation (or, causal, repetition of the last value), and training is judged against that.
+
+class TableTransformer(nn.Module):
+    """masking.Inputs -> Guess.
+
+    The heads predict the correction to what is pencilled in and start at zero: before its first step the model IS
+    linear interpolation and the nearest known category (or, causal, repetition of the last row), and training is
+    judged against that.
     """
 
     def __init__(self, config):
@@ -172,6 +181,7 @@ class TableTransformer(nn.Module):
         self.embed = RowEmbedding(config)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.norm = nn.LayerNorm(config.n_embd)
+        self.trust = nn.Parameter(torch.full((len(self.classes),), 5.0))        # in the pencilled-in category, log-odds
         self.head = nn.Linear(config.n_embd, config.n_numeric + sum(self.classes))      # all columns' heads in one
         cos, sin = rotary_table(config.seq_len, config.n_embd // config.n_head)
         self.register_buffer("cos", cos, persistent=False)
@@ -184,24 +194,26 @@ class TableTransformer(nn.Module):
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * self.config.n_layer))
             elif p.dim() == 2:
                 nn.init.normal_(p, std=0.02)
-            elif "norm" not in name:
+            elif name.endswith("bias"):
                 nn.init.zeros_(p)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.embed.categories.weight[0])                         # [UNK]
 
     def forward(self, inputs):
-        numeric, categorical, shown, known, pencil, clock, attend = inputs
-        B, T, N = numeric.shape
+        numeric, ids, shown, known, pencil, pencil_ids, clock, attend = inputs
+        T, N = numeric.shape[1:]
         # the window's own level and spread would tell a causal model about its future
-        center, scale = (0.0, 1.0) if self.config.causal else window_scale(numeric, known[..., :N])
-        shown = shown[..., :N]
-        values = (torch.where(shown, numeric, pencil) - center) / scale         # (B, T, N)
-        x = self.embed(values, shown, categorical, clock)                       # (B, T, D)
+        center, scale = (0.0, 1.0) if self.config.causal else window_scale(numeric, known[..., :N])     # (B, 1, N)
+        values = (torch.where(shown[..., :N], numeric, pencil) - center) / scale                        # (B, T, N)
+        x = self.embed(values, torch.where(shown[..., N:], ids, pencil_ids), shown, clock)              # (B, T, D)
         for block in self.blocks:
             x = block(x, attend, self.cos[:T], self.sin[:T])
         out = self.head(self.norm(x)).float()                                   # (B, T, N + all classes)
         correction, *logits = out.split([N] + self.classes, dim=-1)
-        return pencil + scale * correction, logits
+        for k, n in enumerate(self.classes):
+            pencilled = pencil_ids[..., k:k + 1] == torch.arange(2, 2 + n, device=out.device)           # (B, T, n)
+            logits[k] = logits[k] + self.trust[k] * pencilled
+        return Guess(pencil + scale * correction, logits, scale)
 
 
 # -----------------------------------------------------------------------------
@@ -213,22 +225,23 @@ def count_scored(targets):
     return torch.stack([targets.score[..., :N].sum(), targets.score[..., N:].sum()]).float()
 
 
-def sum_losses(guess, logits, targets, loss="mse"):
+def sum_losses(guess, targets, loss="mse"):
     """Sums over the scored cells, (2,) float32: squared (or Huber) error of numbers, cross-entropy of categories.
 
-    guess: (B, T, N) float32; logits: K of (B, T, V_k - 2); targets: masking.Targets; loss: "mse" or "huber".
+    guess: Guess; targets: masking.Targets; loss: "mse" or "huber". Numbers count in units of their window's spread, so
+    that a calm column weighs as much as a wild one, and both about as much as a category.
     A sum, so that the caller divides once by the count of the whole step, clamped to 1: a mean over an empty
     selection is 0/0. Targets hold no NaN, so torch.where is safe: what it drops has a gradient of 0, not of NaN.
     """
-    numeric, categorical, score = targets
-    N = numeric.shape[-1]
+    N = targets.numeric.shape[-1]
     error = F.mse_loss if loss == "mse" else F.huber_loss
-    total = torch.where(score[..., :N], error(guess, numeric, reduction="none"), 0.0).sum()
+    error = error(guess.numeric / guess.scale, targets.numeric / guess.scale, reduction="none")         # (B, T, N)
+    total = torch.where(targets.score[..., :N], error, 0.0).sum()
     entropy = total.new_zeros(())
-    for k, column in enumerate(logits):
-        target = (categorical[..., k] - 2).clamp(min=0)                         # unscored cells get any class at all
-        nll = F.cross_entropy(column.transpose(1, 2), target, reduction="none")             # (B, T)
-        entropy = entropy + torch.where(score[..., N + k], nll, 0.0).sum()
+    for k, logits in enumerate(guess.logits):
+        target = (targets.categorical[..., k] - 2).clamp(min=0)                 # unscored cells get any class at all
+        nll = F.cross_entropy(logits.transpose(1, 2), target, reduction="none")             # (B, T)
+        entropy = entropy + torch.where(targets.score[..., N + k], nll, 0.0).sum()
     return torch.stack([total, entropy])
 
 
@@ -238,24 +251,24 @@ def sum_losses(guess, logits, targets, loss="mse"):
 def print_shapes():
     """Parameters by part, and one forward pass over the tiny table, shape by shape."""
     from data import step_generator, tiny_batch
-    from masking import Inputs, create_attention_mask, create_masks, pencil_in
+    from masking import Inputs, create_attention_mask, create_masks, pencil_category, pencil_in
     table, batch = tiny_batch()
     N = len(table.schema.numeric)
     model = TableTransformer(Config(N, table.schema.vocab_sizes(), table.schema.n_clock, table.seq_len))
     for name, part in model.named_children():
         print(f"{name:<8}{sum(p.numel() for p in part.parameters()):>9,} parameters")
     known = batch.observed & ~create_masks(batch.observed, 0.4, step_generator(3))
-    inputs = Inputs(batch.numeric, batch.categorical * known[..., N:], known, known,
-                    pencil_in(batch.numeric, known[..., :N], causal=False), batch.clock,
+    inputs = Inputs(batch.numeric, batch.categorical, known, known, pencil_in(batch.numeric, known[..., :N], False),
+                    pencil_category(batch.categorical, known[..., N:], False), batch.clock,
                     create_attention_mask(batch.valid, causal=False))
     for name, x in inputs._asdict().items():
         print(f"{name:<22}{tuple(x.shape)}")
     for name, part in model.named_modules():
         if name.startswith("blocks.0") or "blocks" not in name and name:        # the other blocks look the same
-            part.register_forward_hook(lambda _, __, out, name=name: print(f"{name:<22}{tuple(out.shape)}"))
-    guess, logits = model(inputs)
-    print(f"{'guess':<22}{tuple(guess.shape)}\n{'logits':<22}{[tuple(x.shape) for x in logits]}")
-    print(f"untrained, the guess is the pencilled-in value: {torch.equal(guess, inputs.pencil)}")
+            part.register_forward_hook(lambda part, x, out, name=name: print(f"{name:<22}{tuple(out.shape)}"))
+    guess = model(inputs)
+    print(f"{'guess':<22}{tuple(guess.numeric.shape)}\n{'logits':<22}{[tuple(x.shape) for x in guess.logits]}")
+    print(f"untrained, the guess is the pencilled-in value: {torch.equal(guess.numeric, inputs.pencil)}")
 
 
 def find_leaks(causal, T=12, N=3):
@@ -267,10 +280,10 @@ def find_leaks(causal, T=12, N=3):
     nn.init.normal_(model.head.weight)                      # a head of zeros would hide every dependence
     numeric = torch.randn(1, T, N, requires_grad=True)
     known = (torch.arange(T * N).view(1, T, N) % 3 > 0)
-    inputs = Inputs(numeric, torch.zeros(1, T, 0, dtype=torch.long), known, known, pencil_in(numeric, known, causal),
-                    torch.zeros(1, T, 0), None)
+    ids = torch.zeros(1, T, 0, dtype=torch.long)
+    inputs = Inputs(numeric, ids, known, known, pencil_in(numeric, known, causal), ids, torch.zeros(1, T, 0), None)
     rows = []
-    for row in model(inputs)[0][0]:                         # (N,), one output row after the other
+    for row in model(inputs).numeric[0]:                    # (N,), one output row after the other
         gradient, = torch.autograd.grad(row.sum(), numeric, retain_graph=True)
         assert (gradient[~known] == 0).all(), "a hidden value reaches the output"
         rows.append(gradient[0].abs().sum(-1) > 0)
@@ -300,13 +313,13 @@ def bench(repeats=5):
             model = TableTransformer(Config(7, [], 4, T, n_layer, n_head, D)).to(device)
             optimizer = torch.optim.AdamW(model.parameters(), fused=True)
             x, seen = torch.randn(B, T, 7, device=device), torch.rand(B, T, 7, device=device) > 0.3
-            inputs = Inputs(x, torch.zeros(B, T, 0, dtype=torch.long, device=device), seen, seen, x,
-                            torch.zeros(B, T, 4, device=device), None)
+            ids = torch.zeros(B, T, 0, dtype=torch.long, device=device)
+            inputs = Inputs(x, ids, seen, seen, x, ids, torch.zeros(B, T, 4, device=device), None)
 
             def step():
                 with torch.autocast(device, dtype, enabled=dtype != torch.float32):
-                    guess, _ = model(inputs)
-                F.mse_loss(guess, x + 1).backward()
+                    guess = model(inputs)
+                F.mse_loss(guess.numeric, x + 1).backward()
                 nn.utils.clip_grad_norm_(model.parameters(), 1.0)
                 optimizer.step()
                 optimizer.zero_grad()

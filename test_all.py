@@ -152,7 +152,7 @@ def test_schema_survives_a_checkpoint_and_decodes(tmp_path):
 def test_scalers(scaler):
     x = np.concatenate([np.random.default_rng(0).normal(5, 2, 10_000), [1e9], [np.nan]])
     center, scale = data.fit_scale(x, scaler)
-    expected = {"standard": (5, 2), "robust": (5, 2.698), "none": (0, 1)}[scaler]
+    expected = {"standard": (5, 2), "robust": (5, 2.698), "none": (5, 1)}[scaler]
     assert center == pytest.approx(expected[0], rel=0.02) and scale == pytest.approx(expected[1], rel=0.02)
     assert data.fit_scale(np.array([np.nan]), scaler) == (0.0, 1.0)
 
@@ -167,6 +167,8 @@ def test_windows_stay_in_their_group_and_pad_on_the_right():
     for split in table.segments:
         for windows in (table.starts(split, 7), table.sample(split, 200, step_generator(1))):
             batch = table.batch(windows)
+            own = batch.numeric + torch.tensor(table.schema.center) * batch.observed            # own units again
+            batch = batch._replace(numeric=own.round())
             for b in range(len(windows)):
                 real = batch.valid[b]
                 assert batch.numeric[b, real, 1].unique().numel() == 1          # one group
@@ -367,8 +369,7 @@ def test_a_column_is_filled_from_the_other_columns():
     args, g = mlm_args("--mask_share", 1), step_generator(3)
     inputs, _ = train_mlm.objective(batch, args, g, case=0.5)
     numeric = inputs.numeric.clone().requires_grad_()
-    guess, logits = net(inputs._replace(numeric=numeric))
-    gradient, = torch.autograd.grad(guess[0, 4, 0] + logits[0][0, 4].sum() * 0, numeric)
+    gradient, = torch.autograd.grad(net(inputs._replace(numeric=numeric)).numeric[0, 4, 0], numeric)
     known = inputs.known[0, :, 1]
     assert (gradient[0, known, 1] != 0).all()
 
@@ -383,10 +384,10 @@ def test_the_truth_under_a_mask_reaches_no_output(flags):
                             categorical=torch.where(covered[..., 3:], 4, batch.categorical))
     other, _ = train_mlm.objective(forged, args, step_generator(1), step=0)
     assert torch.equal(inputs.pencil, other.pencil)
-    for a, b in zip([net(inputs)[0], *net(inputs)[1]], [net(other)[0], *net(other)[1]]):
+    for a, b in zip([net(inputs).numeric, *net(inputs).logits], [net(other).numeric, *net(other).logits]):
         assert torch.equal(a, b)
     # naive: window statistics over all observed cells instead of the known ones
-    leak = [net(i._replace(known=batch.observed))[0] for i in (inputs, other)]
+    leak = [net(i._replace(known=batch.observed)).numeric for i in (inputs, other)]
     assert not torch.equal(*leak)
 
 
@@ -402,9 +403,11 @@ def test_an_untrained_model_is_its_baseline(causal):
     batch = random_batch(T=30)
     net = model.TableTransformer(model.Config(3, [5, 5], 4, 30, 1, 2, 16, causal=causal))
     known = batch.observed & ~create_masks(batch.observed, 0.3, step_generator(0))
-    pencil = pencil_in(batch.numeric, known[..., :3], causal)
-    guess, _ = net(Inputs(batch.numeric, batch.categorical * known[..., 3:], known, known, pencil, batch.clock, None))
-    assert torch.equal(guess, pencil)
+    pencil, ids = pencil_in(batch.numeric, known[..., :3], causal), masking.pencil_category(batch.categorical, known[..., 3:], causal)
+    guess = net(Inputs(batch.numeric, batch.categorical, known, known, pencil, ids, batch.clock, None))
+    assert torch.equal(guess.numeric, pencil)
+    for k in range(2):                                      # nothing to guess from, or [UNK]: the most frequent value
+        assert torch.equal(guess.logits[k].argmax(-1) + 2, ids[..., k].clamp(min=2))
 
 
 def test_padding_changes_nothing():
@@ -416,8 +419,8 @@ def test_padding_changes_nothing():
     def outputs(b, h):
         known = b.observed & ~h
         attend = None if b.valid.all() else masking.create_attention_mask(b.valid, False)
-        return net(Inputs(b.numeric, b.categorical * known[..., 3:], known, known,
-                          pencil_in(b.numeric, known[..., :3], False), b.clock, attend))
+        return net(Inputs(b.numeric, b.categorical, known, known, pencil_in(b.numeric, known[..., :3], False),
+                          masking.pencil_category(b.categorical, known[..., 3:], False), b.clock, attend))
     a, b = outputs(short, hidden), outputs(padded, F.pad(hidden, (0, 0, 0, 4)))
     torch.testing.assert_close(a[0], b[0][:, :8], atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(a[1][0], b[1][0][:, :8], atol=1e-5, rtol=1e-5)
@@ -435,7 +438,7 @@ def test_window_scale_stays_finite_and_calm():
 def test_unk_is_a_constant_zero():
     net = random_model()
     ids = torch.ones(1, 12, 2, dtype=torch.long)
-    zero = net.embed(torch.zeros(1, 12, 3), torch.ones(1, 12, 3, dtype=torch.bool), ids, torch.zeros(1, 12, 4))
+    zero = net.embed(torch.zeros(1, 12, 3), ids, torch.ones(1, 12, 5, dtype=torch.bool), torch.zeros(1, 12, 4))
     assert torch.equal(zero, net.embed.bias.expand(1, 12, 16))
     zero.sum().backward()
     assert net.embed.categories.weight.grad[0].abs().sum() == 0
@@ -461,8 +464,8 @@ def test_loss_and_gradients_are_finite(how, shape, dtype):
         net = random_model(N, K)
         inputs, targets = train_mlm.objective(batch, mlm_args(), step_generator(0), case=rate)
         with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-            guess, logits = net(inputs)
-        loss = (model.sum_losses(guess, logits, targets) / model.count_scored(targets).clamp(min=1)).sum()
+            guess = net(inputs)
+        loss = (model.sum_losses(guess, targets) / model.count_scored(targets).clamp(min=1)).sum()
         loss.backward()
         assert torch.isfinite(loss) and all(p.grad is None or torch.isfinite(p.grad).all() for p in net.parameters())
     assert F.mse_loss(torch.zeros(0), torch.zeros(0)).isnan()                   # the naive form
@@ -471,16 +474,17 @@ def test_loss_and_gradients_are_finite(how, shape, dtype):
 def test_loss_is_the_mean_over_scored_cells():
     batch, net = random_batch(), random_model()
     inputs, targets = train_mlm.objective(batch, mlm_args(), step_generator(1), step=5)
-    guess, logits = net(inputs)
-    numeric, categorical = model.sum_losses(guess, logits, targets) / model.count_scored(targets)
+    guess = net(inputs)
+    numeric, categorical = model.sum_losses(guess, targets) / model.count_scored(targets)
     chosen = targets.score[..., :3]
-    torch.testing.assert_close(numeric, F.mse_loss(guess[chosen], targets.numeric[chosen]))
-    every = torch.cat([F.cross_entropy(logits[k][targets.score[..., 3 + k]],
+    ours, truth = (guess.numeric / guess.scale)[chosen], (targets.numeric / guess.scale)[chosen]
+    torch.testing.assert_close(numeric, F.mse_loss(ours, truth))
+    every = torch.cat([F.cross_entropy(guess.logits[k][targets.score[..., 3 + k]],
                                        targets.categorical[..., k][targets.score[..., 3 + k]] - 2, reduction="none")
                        for k in range(2)])
     torch.testing.assert_close(categorical, every.mean())
-    huber = model.sum_losses(guess, logits, targets, "huber")[0]
-    torch.testing.assert_close(huber, F.huber_loss(guess[chosen], targets.numeric[chosen], reduction="sum"))
+    huber = model.sum_losses(guess, targets, "huber")[0]
+    torch.testing.assert_close(huber, F.huber_loss(ours, truth, reduction="sum"))
     # naive: multiplying a NaN target by a mask of 0
     assert (torch.tensor([1.0, float("nan")]) * torch.tensor([1.0, 0.0])).sum().isnan()
 
@@ -561,7 +565,7 @@ def test_two_small_batches_accumulate_to_one_large_step(toy_csv, tmp_path):
     def gradient(parts, count):
         net.zero_grad()
         for i, t in parts:
-            (model.sum_losses(*net(i), t) / (count if count is not None else model.count_scored(t) * len(parts))).sum().backward()
+            (model.sum_losses(net(i), t) / (count if count is not None else model.count_scored(t) * len(parts))).sum().backward()
         return torch.cat([p.grad.flatten() for p in net.parameters() if p.grad is not None])
     whole = gradient([(inputs, targets)], model.count_scored(targets))
     torch.testing.assert_close(gradient(halves, model.count_scored(targets)), whole, atol=1e-5, rtol=1e-4)
@@ -582,7 +586,8 @@ def test_learning_rate_starts_above_zero_and_ends_at_the_floor():
     ["--drop_cols", "wave", "mirror"], ["--categorical_cols", "wave"], ["--seq_len", "100000"], ["--max_steps", "0"]])
 def test_flags_run(flags, toy_csv, tmp_path):
     history = train_mlm.main(["--data", toy_csv, *SMALL, "--max_steps", "2", *flags, "--out_dir", str(tmp_path)])
-    assert all(math.isfinite(row[k]) for row in history for k in ("train", "val", "norm"))
+    # float16 begins with too large a loss scale: the first norms are inf, their steps left out, the scale halved
+    assert all(math.isfinite(row[k]) for row in history for k in ("train", "val", "norm")[:2 + ("float16" not in flags)])
     assert (tmp_path / "results.json").exists()
 
 

@@ -121,9 +121,10 @@ def objective(batch, args, generator, step=None, case=None):
         batch.numeric, batch.categorical, batch.observed, hidden, generator, mask_share, args.random_share)
     known = batch.observed & ~hidden
     pencil = pencil_in(batch.numeric, known[..., :N], CAUSAL)
+    pencil_ids = pencil_category(batch.categorical, known[..., N:], CAUSAL)
     attend = None if batch.valid.all() else create_attention_mask(batch.valid, CAUSAL)
     score = hidden if args.score == "hidden" or case else answerable
-    return (Inputs(numeric, categorical, shown, known, pencil, batch.clock, attend),
+    return (Inputs(numeric, categorical, shown, known, pencil, pencil_ids, batch.clock, attend),
             Targets(batch.numeric, batch.categorical, score))
 
 
@@ -133,13 +134,12 @@ def eval_cases(args):
 
 def baselines(inputs):
     """What one would fill in without a model: {name: (numbers (B, T, N), ids (B, T, K))}."""
-    N = inputs.numeric.shape[-1]
-    known, mode = inputs.known, torch.full_like(inputs.categorical, 2)      # id 2 is the most frequent value
-    last, nearest = (pencil_category(inputs.categorical, known[..., N:], causal) for causal in (True, False))
+    N, known, mode = inputs.numeric.shape[-1], inputs.known, 2               # id 2 is the most frequent value
+    last = pencil_category(inputs.categorical, known[..., N:], causal=True)
     return {
-        "linear": (inputs.pencil, torch.where(nearest > 0, nearest, mode)),     # categories: the nearest known one
-        "last": (pencil_in(inputs.numeric, known[..., :N], causal=True), torch.where(last > 0, last, mode)),
-        "mean": (torch.zeros_like(inputs.pencil), mode),                        # 0 is the centre of the train rows
+        "linear": (inputs.pencil, inputs.pencil_ids.clamp(min=mode)),           # categories: the nearest known one
+        "last": (pencil_in(inputs.numeric, known[..., :N], causal=True), last.clamp(min=mode)),
+        "mean": (torch.zeros_like(inputs.pencil), torch.full_like(last, mode)),  # 0 is the centre of the train rows
     }
 
 
@@ -218,10 +218,11 @@ def evaluate(model, table, split, stride, args, device, autocast):
             outside = targets.score & F.pad(targets.numeric.abs() >= table.schema.clip, (0, K))
             targets = targets._replace(score=targets.score & ~outside)
             with autocast:
-                guess, logits = model(inputs)
-            sums, counts = sums + sum_losses(guess, logits, targets, args.loss), counts + count_scored(targets)
-            ids = [column.argmax(-1) + 2 for column in logits]                              # K of (B, T)
-            methods = {"model": (guess, torch.stack(ids, -1) if K else targets.categorical), **baselines(inputs)}
+                guess = model(inputs)
+            sums, counts = sums + sum_losses(guess, targets, args.loss), counts + count_scored(targets)
+            ids = [logits.argmax(-1) + 2 for logits in guess.logits]                        # K of (B, T)
+            ids = torch.stack(ids, -1) if K else targets.categorical                        # (B, T, K)
+            methods = {"model": (guess.numeric, ids), **baselines(inputs)}
             for name, (numbers, labels) in methods.items():
                 error = torch.cat([numbers - targets.numeric, labels != targets.categorical], -1)   # (B, T, F)
                 error = torch.where(targets.score, error, 0.0).cpu().double()
@@ -323,7 +324,7 @@ def conclude(model, table, args, device, autocast, history, facts):
 
     @torch.no_grad()
     def guess(inputs):
-        return model(move(inputs, device))[0].cpu()
+        return model(move(inputs, device)).numeric.cpu()
 
     model.eval()
     for name, figure in {"loss.png": figure, **demonstrate(guess, table, args, plt)}.items():
@@ -373,7 +374,7 @@ def main(argv=None):
     if world > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         model = torch.nn.parallel.DistributedDataParallel(model)
-    n_params = sum(p.numel() for p in raw.parameters())
+    n_params, N = sum(p.numel() for p in raw.parameters()), len(schema["numeric"])
     if rank == 0:
         print(f"{args.data}: {len(table.observed):,} rows, {len(schema['numeric'])} numeric and "
               f"{len(schema['categorical'])} categorical columns, windows of {table.seq_len} rows\n"
@@ -387,7 +388,9 @@ def main(argv=None):
         if rank == 0 and (step % args.eval_every == 0 or step >= args.max_steps):
             losses, errors, cells, _ = evaluate(raw, table, "val", table.seq_len, args, device, autocast)
             val = float(losses.sum())
-            print(f"step {step:5d} | val loss {val:.4f}, numeric {losses[0]:.4f}, categorical {losses[1]:.4f}")
+            squared = {name: float((e[1, :, :N].sum() / cells[:, :N].sum().clamp(min=1))) for name, e in errors.items()}
+            print(f"step {step:5d} | val loss {val:.4f}, numeric {losses[0]:.4f}, categorical {losses[1]:.4f} | "
+                  f"mse {squared['model']:.4f}, linear {squared['linear']:.4f}")
             state = {"model": raw.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
                      "step": step, "best": min(best, val), "args": vars(args), "schema": schema}
             if val < best:
@@ -411,8 +414,8 @@ def main(argv=None):
         for i, (inputs, targets) in enumerate(micro):
             model.require_backward_grad_sync = i == len(micro) - 1              # the ranks talk once a step
             with autocast:
-                guess, logits = model(move(inputs, device))
-            losses = sum_losses(guess, logits, move(targets, device), args.loss) / count.clamp(min=1)     # (2,)
+                guess = model(move(inputs, device))
+            losses = sum_losses(guess, move(targets, device), args.loss) / count.clamp(min=1)             # (2,)
             scaler.scale(losses.sum() * world).backward()                       # gradients are averaged over ranks
             running += losses.detach()
         scaler.unscale_(optimizer)
