@@ -4,10 +4,9 @@ A table becomes tensors. This is the only file that knows pandas, and the only o
     python data.py                       # describe the simulated `sensors` table, and print the tiny one
     python data.py --data my.csv         # what was understood of your own file, before anyone trains on it
 
-A cell is either observed, and then it is a finite number (or an id), or it is not, and then it is 0 and a mask
-says so. Everything downstream relies on that one promise. The words (B, T, N, K, F, observed, valid, ...) are
-defined once, at the top of model.py.
-"""
+A cell is either observed, and then it is a finite number (or an id), or it is not, and then it is 0 and a
+mask says so. Everything downstream relies on that one promise. The words (B, T, N, K, F, observed, valid,
+...) are defined once, at the top of model.py. """
 import argparse
 import ast
 import sys
@@ -19,8 +18,8 @@ import numpy as np
 import pandas as pd
 import torch
 
-SENTINEL = 1e30             # sensor files write "no reading" as -1.18e42 and the like; nothing we measure is that big
-MAX_CATEGORIES = 1000       # a text column with more distinct values than this is an identifier, not a category
+SENTINEL = 1e30  # sensor files write "no reading" as -1.18e42 and the like; nothing we measure is that big
+MAX_CATEGORIES = 1000  # a text column with more distinct values than this is an identifier, not a category
 MASK_ID, UNK_ID = 0, 1      # ids every categorical column reserves; its own values start at 2
 
 
@@ -36,7 +35,7 @@ class Batch(NamedTuple):
     categorical: torch.Tensor   # (B, T, K) int64, 0 = missing, 1 = [UNK], then the column's own values
     observed: torch.Tensor      # (B, T, F) bool, True = the table has a value here
     valid: torch.Tensor         # (B, T) bool, True = a real row, False = padding on the right
-    clock: torch.Tensor         # (B, T, C) float32, sin and cos of the time of day and of the year; C is 0 or 4
+    clock: torch.Tensor  # (B, T, C) float32, sin and cos of the time of day and of the year; C is 0 or 4
 
 
 # -----------------------------------------------------------------------------
@@ -55,8 +54,8 @@ def simulate_sensors(n_rows=40_000, seed=0):
     """A pump station at one reading a second, with what real exports have: holes in runs, single dropouts, a
     frozen sensor, a constant and an empty column, spikes, a sentinel, a category that appears late.
 
-    The physics is the pump affinity laws (flow ~ speed, head ~ speed^2, power ~ speed^3), first-order lags for
-    heat, and Markov switching between modes. Returns a DataFrame of n_rows rows; same seed, same table.
+    The physics is the pump affinity laws (flow ~ speed, head ~ speed^2, power ~ speed^3), first-order lags
+    for heat, and Markov switching between modes. Returns a DataFrame of n_rows rows; same seed, same table.
     """
     rng = np.random.default_rng(seed)
     t = np.arange(n_rows)
@@ -111,7 +110,7 @@ def simulate_sensors(n_rows=40_000, seed=0):
         for start in rng.integers(0, n_rows, n_rows // 2000):
             holes[start:start + rng.geometric(1 / 90)] = True
         table[name] = table[name].mask(holes)
-    for start in rng.integers(0, n_rows, 12):                   # a frozen sensor repeats its last value for minutes
+    for start in rng.integers(0, n_rows, 12):  # a frozen sensor repeats its last value for minutes
         stop = min(start + rng.geometric(1 / 180), n_rows)
         table.loc[start:stop, "temp_outlet"] = table["temp_outlet"].iloc[start]
     spikes = rng.random(n_rows) < 0.0002
@@ -135,8 +134,9 @@ SIMULATIONS = {"sensors": simulate_sensors}
 
 
 def read_table(source, read_csv=""):
-    """source: a simulation's name, or a path to .csv, .csv.gz or .parquet; read_csv: "sep=; decimal=,", handed to
-    pandas.read_csv. Returns a DataFrame of at least one row; anything that cannot be read ends in one sentence."""
+    """source: a simulation's name, or a path to .csv, .csv.gz or .parquet; read_csv: "sep=; decimal=,",
+    handed to pandas.read_csv. Returns a DataFrame of at least one row; anything that cannot be read ends in
+    one sentence."""
     if source in SIMULATIONS:
         return SIMULATIONS[source]()
     options = {}
@@ -184,10 +184,10 @@ def as_time(column):
 def infer_kind(column):
     """"numeric", "categorical", "time" or "dropped: why", from the values of one column."""
     if pd.api.types.infer_dtype(column, skipna=True) in ("boolean", "categorical"):
-        return "categorical"                                # True with holes in it is an object column to pandas
+        return "categorical"  # True with holes in it is an object column to pandas
     if not pd.api.types.is_datetime64_any_dtype(column):
         numeric = pd.to_numeric(column, errors="coerce").notna().sum()
-        if numeric >= 0.9 * column.notna().sum():           # "Bad" and "No Data" among numbers are missing numbers
+        if numeric >= 0.9 * column.notna().sum():  # "Bad" and "No Data" among numbers are missing numbers
             return "numeric"
     if as_time(column) is not None:
         return "time"
@@ -197,8 +197,9 @@ def infer_kind(column):
 
 
 def infer_kinds(table, args):
-    """{column: "time" | "group" | "numeric" | "categorical" | "dropped: why"}; turns the time column into time stamps
-    in place. Flags win over inference; without --time_col the first column of time stamps is the time column."""
+    """{column: "time" | "group" | "numeric" | "categorical" | "dropped: why"}; turns the time column into
+    time stamps in place. Flags win over inference; without --time_col the first column of time stamps is the
+    time column."""
     flags = {"time": [args.time_col] if args.time_col else [], "group": [args.group_col] if args.group_col else [],
              "numeric": args.numeric_cols, "categorical": args.categorical_cols, "dropped: --drop_cols": args.drop_cols}
     kinds = {name: kind for kind, names in flags.items() for name in names}
@@ -212,18 +213,19 @@ def infer_kinds(table, args):
             kinds[name] = "dropped: a second time column" if kind == "time" and "time" in kinds.values() else kind
         if kinds[name] == "time":
             stamps = as_time(table[name])
-            table[name] = table[name] if stamps is None else stamps     # a number can sort rows, but is no clock
+            table[name] = table[name] if stamps is None else stamps  # a number can sort rows, but is no clock
     if not {"numeric", "categorical"} & set(kinds.values()):
         fail(f"{args.data}: no usable column: there must be numbers or categories beside the time and the group")
     return {name: kinds[name] for name in table.columns}
 
 
 def numbers(column):
-    """A column as float64 with NaN for whatever is missing, is no number, is infinite or is a sentinel. The test
-    is made in float64: in float32 -1.18e42 is -inf already. Also returns how many values were taken out so."""
+    """A column as float64 with NaN for whatever is missing, is no number, is infinite or is a sentinel. The
+    test is made in float64: in float32 -1.18e42 is -inf already. Also returns how many values were taken out
+    so."""
     missing = column.isna().to_numpy()
     x = pd.to_numeric(column, errors="coerce").to_numpy(dtype=np.float64, na_value=np.nan, copy=True)
-    x[~(np.abs(x) <= SENTINEL)] = np.nan                        # `not <=` catches nan, inf and sentinel in one go
+    x[~(np.abs(x) <= SENTINEL)] = np.nan  # `not <=` catches nan, inf and sentinel in one go
     return x, int((np.isnan(x) & ~missing).sum())
 
 
@@ -251,7 +253,8 @@ class Schema:
         return [len(v) + 2 for v in self.vocabulary]
 
     def decode(self, numeric, categorical):
-        """(..., N) scaled values and (..., K) ids -> a dict {column: values in original units, or labels}, numpy.
+        """(..., N) scaled values and (..., K) ids -> a dict {column: values in original units, or labels},
+        numpy.
         The reserved ids become None: there is no label to give."""
         columns = {name: numeric[..., j].double().numpy() * self.scale[j] + self.center[j]
                    for j, name in enumerate(self.numeric)}
@@ -261,8 +264,9 @@ class Schema:
 
 
 def fit_scale(x, scaler):
-    """center, scale of one float64 column (train rows, NaN = missing), statistics after clipping at the 0.1 % and
-    99.9 % quantiles so that one spike does not set the scale. A constant or empty column gets scale 1."""
+    """center, scale of one float64 column (train rows, NaN = missing), statistics after clipping at the 0.1
+    % and 99.9 % quantiles so that one spike does not set the scale. A constant or empty column gets scale
+    1."""
     x = x[~np.isnan(x)]
     if len(x) == 0:
         return 0.0, 1.0
@@ -294,7 +298,7 @@ def make_clock(stamps):
     year = (stamps.dt.day_of_year - 1 + day) / 365.25
     angles = 2 * np.pi * np.stack([day, year], axis=1)                          # (rows, 2)
     clock = np.concatenate([np.sin(angles), np.cos(angles)], axis=1)            # (rows, 4)
-    return np.nan_to_num(clock).astype(np.float32)                              # a missing time stamp has no clock
+    return np.nan_to_num(clock).astype(np.float32)  # a missing time stamp has no clock
 
 
 # -----------------------------------------------------------------------------
@@ -313,8 +317,8 @@ class Table:
     segments: dict              # split -> (S, 2) int64, [start, end) rows of each sequence that may be read
 
     def starts(self, split, stride):
-        """(W, 2) int64, start row and end of its sequence: windows every `stride` rows, and the last one flush
-        with the end, so that no row of the split is left out."""
+        """(W, 2) int64, start row and end of its sequence: windows every `stride` rows, and the last one
+        flush with the end, so that no row of the split is left out."""
         windows = []
         for start, end in self.segments[split].tolist():
             last = max(start, end - self.seq_len)
@@ -324,14 +328,15 @@ class Table:
     def sample(self, split, batch_size, generator):
         """Like `starts`, but (batch_size, 2) windows at any offset, each equally likely."""
         start, end = self.segments[split].unbind(1)
-        offsets = (end - start - self.seq_len + 1).clamp(min=1)                 # a short sequence has one: its start
+        offsets = (end - start - self.seq_len + 1).clamp(min=1)  # a short sequence has one: its start
         u = torch.randint(int(offsets.sum()), (batch_size,), generator=generator)
         sequence = torch.searchsorted(offsets.cumsum(0), u, right=True)
         offset = u - (offsets.cumsum(0) - offsets)[sequence]
         return torch.stack([start[sequence] + offset, end[sequence]], dim=1)
 
     def batch(self, windows):
-        """(B, 2) start row and end of sequence -> Batch, padded on the right where the sequence ends early."""
+        """(B, 2) start row and end of sequence -> Batch, padded on the right where the sequence ends
+        early."""
         rows = windows[:, :1] + torch.arange(self.seq_len)                      # (B, T)
         valid = rows < windows[:, 1:]
         rows = torch.where(valid, rows, windows[:, 1:] - 1)
@@ -342,8 +347,9 @@ class Table:
 
 
 def encode(table, kinds, schema):
-    """DataFrame -> numeric (rows, N), categorical (rows, K), observed (rows, F), clock (rows, C), repaired. One
-    column at a time, each dropped from the DataFrame once it is encoded: a big table is never held twice."""
+    """DataFrame -> numeric (rows, N), categorical (rows, K), observed (rows, F), clock (rows, C), repaired.
+    One column at a time, each dropped from the DataFrame once it is encoded: a big table is never held
+    twice."""
     n_rows, n_numeric, n_categorical = len(table), len(schema.numeric), len(schema.categorical)
     numeric = np.zeros((n_rows, n_numeric), np.float32)
     categorical = np.zeros((n_rows, n_categorical), np.int32)
@@ -352,11 +358,12 @@ def encode(table, kinds, schema):
     for j, name in enumerate(schema.numeric):
         x, repaired[name] = numbers(table.pop(name))
         observed[:, j] = ~np.isnan(x)
-        x = np.clip((x - schema.center[j]) / schema.scale[j], -schema.clip, schema.clip)    # float64, then cast
+        x = np.clip((x - schema.center[j]) / schema.scale[j], -schema.clip, schema.clip)  # float64, then cast
         numeric[:, j] = np.where(observed[:, j], x, 0.0)
     for k, name in enumerate(schema.categorical):
         text = labels(table.pop(name))
-        code = pd.Index(schema.vocabulary[k], dtype="string").get_indexer(text)     # -1 = missing, or not in train
+        # -1 = missing, or not in train
+        code = pd.Index(schema.vocabulary[k], dtype="string").get_indexer(text)
         observed[:, n_numeric + k] = text.notna()
         categorical[:, k] = np.where(observed[:, n_numeric + k], code + 2, MASK_ID)
     clock = np.zeros((n_rows, 0), np.float32)
@@ -383,11 +390,12 @@ def split_counts(split, n, what, args):
 
 
 def split_rows(lengths, args):
-    """lengths: rows of each group, in row order (one entry where there are no groups). Returns T and the segments.
+    """lengths: rows of each group, in row order (one entry where there are no groups). Returns T and the
+    segments.
 
-    One sequence is split by time. As the ETTh1 protocol has it, a val or test window may begin up to T rows before
-    its part. Several groups are split by group, shuffled once with a fixed seed: no row is in two parts.
-    """
+    One sequence is split by time. As the ETTh1 protocol has it, a val or test window may begin up to T rows
+    before its part. Several groups are split by group, shuffled once with a fixed seed: no row is in two
+    parts. """
     ends = np.cumsum(lengths)
     ranges = np.stack([ends - lengths, ends], axis=1)                           # (groups, 2)
     if len(lengths) == 1:
@@ -409,7 +417,7 @@ def load_table(args, table=None):
     kinds = infer_kinds(table, args)
     by = [name for kind in ("group", "time") for name in kinds if kinds[name] == kind]
     if by:
-        table = table.sort_values(by, kind="stable", ignore_index=True)         # equal time stamps keep their order
+        table = table.sort_values(by, kind="stable", ignore_index=True)  # equal time stamps keep their order
     lengths = np.array([len(table)])
     if "group" in kinds.values():
         lengths = table.groupby(by[0], sort=True, dropna=False).size().to_numpy()
@@ -422,8 +430,9 @@ def load_table(args, table=None):
 
 
 def step_generator(*key):
-    """A CPU generator seeded by a key such as (seed, step, rank). Every random thing of a step comes from one of
-    these, so no generator state is ever saved: resuming, several processes and prefetching cannot disagree."""
+    """A CPU generator seeded by a key such as (seed, step, rank). Every random thing of a step comes from
+    one of these, so no generator state is ever saved: resuming, several processes and prefetching cannot
+    disagree."""
     return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
 
 
@@ -457,8 +466,9 @@ def add_arguments(parser, source):
 
 
 def tiny_batch():
-    """The tiny table as a Table whose ten rows are all train rows, and its two sequences as one Batch: what this
-    file, masking.py and model.py print when run by themselves, so that one cell can be followed through all three."""
+    """The tiny table as a Table whose ten rows are all train rows, and its two sequences as one Batch: what
+    this file, masking.py and model.py print when run by themselves, so that one cell can be followed through
+    all three."""
     parser = argparse.ArgumentParser()
     add_arguments(parser, "the tiny table")
     args = parser.parse_args(["--group_col", "room"])
@@ -470,7 +480,8 @@ def tiny_batch():
 
 
 def show(schema, numeric, categorical, present, valid):
-    """(B, T, N) numbers and (B, T, K) ids as text, "?" where `present` (B, T, F) is False, "pad" beyond `valid`."""
+    """(B, T, N) numbers and (B, T, K) ids as text, "?" where `present` (B, T, F) is False, "pad" beyond
+    `valid`."""
     header = "".join(f"{name:>10}" for name in schema.numeric + schema.categorical)
     blocks = []
     for b in range(len(valid)):

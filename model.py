@@ -1,26 +1,30 @@
 """
 The transformer and its loss. One token is one row of the table.
 
-    python model.py              # parameters by part, and one forward pass shape by shape
-    python model.py --leaks      # which output rows depend on which input rows, found with autograd
-    python model.py --bench      # milliseconds a training step
+    python model.py             # parameters by part, and one forward pass shape by shape
+    python model.py --leaks     # which output rows depend on which input rows, found with autograd
+    python model.py --bench     # milliseconds of a training step on this machine
 
 The words, used everywhere:
 
-    B   batch, windows at a time            N   numeric columns         D    width of the residual stream (--n_embd)
-    T   time steps, rows of a window        K   categorical columns     nh   heads (--n_head)
-    C   clock features (0 or 4)             F   columns, N + K          hs   head size, D / nh
-    V_k ids of categorical column k: 0 = [MASK], 1 = [UNK], then its V_k - 2 own values, the most frequent first
+    B    windows in a batch                     N    numeric columns
+    T    time steps, rows of a window           K    categorical columns
+    D    width of the residual stream           F    columns, N + K
+    nh   heads                                  C    clock features, see data.make_clock
+    hs   head size, D / nh
+    V_k  ids of categorical column k: 0 = [MASK], 1 = [UNK], then its V_k - 2 own values, commonest first
 
     valid     (B, T)        True = a real row, False = padding
     observed  (B, T, F)     True = the table has a value here
     hidden    (B, T, F)     True = we took this value away, the model must guess it
     shown     (B, T, F)     True = the embedding gets a value here and not [MASK]
-    known     (B, T, F)     True = observed and not hidden; guesses and statistics are made from these cells alone
+    known     (B, T, F)     True = observed and not hidden: guesses and statistics are made from these alone
     score     (B, T, F)     True = this cell counts in the loss
     attend    (B, 1, T, T)  True = this query may look at this key
 """
+import argparse
 import math
+import time
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -28,41 +32,47 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from masking import Inputs, create_attention_mask, create_masks, pencil_category, pencil_in
+
 
 @dataclass
 class Config:
-    """The shape of a model; goes into a checkpoint as a dict."""
+    """The shape of a model."""
     n_numeric: int              # N
     vocab_sizes: list           # V_k of the K categorical columns
     n_clock: int = 0            # C
     seq_len: int = 96           # the longest T
     n_layer: int = 4
-    n_head: int = 4
-    n_embd: int = 128
+    n_head: int = 4             # nh
+    n_embd: int = 128           # D
     dropout: float = 0.0
-    causal: bool = False        # False: every row sees every row. True: a row sees itself and the past
+    causal: bool = False        # False: a row sees all rows of its window. True: itself and the past
 
 
 # -----------------------------------------------------------------------------
 # attention
 
 def rotary_table(T, head_size, base=100.0):
-    """cos and sin, each (T, hs/2), of the angles by which each pair of channels turns at each row (Su 2021).
-    The base is 100 and not the 10,000 of language models: a window is about a hundred rows, not thousands."""
+    """cos and sin, each (T, hs/2), of the angle by which each pair of channels turns at each row (Su 2021).
+
+    The base is 100, not the 10,000 of language models: a window is about a hundred rows, not thousands.
+    """
     frequency = base ** (-torch.arange(0, head_size, 2) / head_size)            # (hs/2,)
     angle = torch.arange(T)[:, None] * frequency                                # (T, hs/2)
     return angle.cos(), angle.sin()
 
 
 def rotate(x, cos, sin):
-    """Turn (B, nh, T, hs) by its row's angle; q @ k then depends on how far apart two rows are, not on where."""
+    """Turn x (B, nh, T, hs) by its row's angles: q @ k then depends on their distance alone."""
     a, b = x.chunk(2, dim=-1)                                                   # (B, nh, T, hs/2) each
     return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1)            # (B, nh, T, hs)
 
 
 def plain_attention(q, k, v, attend=None):
-    """softmax(q k' / sqrt(hs)) v, as Vaswani 2017 writes it: the reference that the fused kernel is tested against.
-    q, k, v: (B, nh, T, hs); attend: broadcasts to (B, nh, T, T), True = may look."""
+    """softmax(q k^T / sqrt(hs)) v (Vaswani 2017): the reference that the fused kernel is tested against.
+
+    q, k, v: (B, nh, T, hs); attend: broadcasts to (B, nh, T, T), True = may look.
+    """
     weight = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])                   # (B, nh, T, T)
     if attend is not None:
         weight = weight.masked_fill(~attend, float("-inf"))
@@ -81,9 +91,10 @@ class SelfAttention(nn.Module):
     def forward(self, x, attend, cos, sin):
         B, T, D = x.shape
         q, k, v = self.qkv(x).view(B, T, 3, self.n_head, D // self.n_head).unbind(dim=2)    # (B, T, nh, hs)
-        # heads go before rows: on (B, T, nh, hs) the kernel would run without complaint and attend over the heads
+        # heads before rows: given (B, T, nh, hs) the kernel would attend over the heads, without complaint
         q, k, v = (z.transpose(1, 2) for z in (q, k, v))                        # (B, nh, T, hs)
-        q, k = rotate(q, cos, sin).type_as(v), rotate(k, cos, sin).type_as(v)   # cos is float32, v may be bfloat16
+        q, k = rotate(q, cos, sin).type_as(v), rotate(k, cos, sin).type_as(v)   # v may be bfloat16
+        # fused softmax(q k^T) v that never holds the T x T weights (Dao 2022); dropout only while training
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=attend, is_causal=self.causal,
                                            dropout_p=self.dropout if self.training else 0.0)
         return self.proj(y.transpose(1, 2).reshape(B, T, D))                    # (B, T, D)
@@ -120,35 +131,36 @@ class Block(nn.Module):
 class RowEmbedding(nn.Module):
     """A row is the sum of its cells and of its clock.
 
-    A number is its value times a vector of its column, a category the vector of its id. Where a cell is not shown its
-    pencilled-in value stands in for it, plus the column's [MASK] vector that says so. Missing in the file and hidden
-    by us look the same here; only the loss knows.
+    A number is its value times a vector of its column, a category the vector of its id. Where a cell is not
+    shown, what is pencilled in stands in for it, plus a [MASK] vector of the column that says so. Missing in
+    the file and hidden by us look the same here; only the loss knows.
     """
 
     def __init__(self, config):
         super().__init__()
         N, K, C = config.n_numeric, len(config.vocab_sizes), config.n_clock
-        self.weight = nn.Parameter(torch.empty(N + N + K + C, config.n_embd))   # values, [MASK] vectors, clock
-        self.bias = nn.Parameter(torch.zeros(config.n_embd))                    # the sum of the columns' biases
-        # one table for all categorical columns, column after column. Row 0 belongs to nobody: it is [UNK] of every
-        # column, and padding_idx keeps it at zero
+        self.weight = nn.Parameter(torch.empty(N + (N + K) + C, config.n_embd))     # values, [MASK]s, clock
+        self.bias = nn.Parameter(torch.zeros(config.n_embd))                        # of all columns
+        # One table for all categorical columns, one after the other. Its row 0 is [UNK] of every column, and
+        # padding_idx keeps it zero: a value never seen in training has taught us nothing.
         offset = torch.tensor([1] + config.vocab_sizes[:-1] if K else [], dtype=torch.long).cumsum(0)
-        self.register_buffer("offset", offset, persistent=False)                # (K,)
+        self.register_buffer("offset", offset, persistent=False)                    # (K,)
         self.categories = nn.Embedding(1 + sum(config.vocab_sizes), config.n_embd, padding_idx=0)
 
     def forward(self, values, ids, shown, clock):
         # values (B, T, N), ids (B, T, K), shown (B, T, F), clock (B, T, C)
         x = torch.cat((values, (~shown).type_as(values), clock), dim=-1)        # (B, T, N + F + C)
-        rows = torch.where(ids == 1, 0, ids + self.offset)                      # (B, T, K) rows of the one table
+        rows = torch.where(ids == 1, 0, ids + self.offset)                      # (B, T, K), of the one table
         return x @ self.weight + self.bias + self.categories(rows).sum(dim=2)   # (B, T, D)
 
 
 def window_scale(numeric, known):
-    """Level and spread of each column in each window, from known cells alone (Kim 2022, reversible normalisation).
+    """Level and spread of each column in each window, from known cells alone (Kim 2022).
 
-    numeric (B, T, N), known (B, T, N) bool. Returns center and scale, (B, 1, N). The spread counts one cell more than
-    there are, at distance 1 (a column's spread over all train rows): a window with no spread is not blown up by
-    dividing through almost nothing, and one without a known cell has center 0 and scale 1, no branch needed.
+    numeric (B, T, N), known (B, T, N) bool, True = known. Returns center and scale, (B, 1, N).
+    The spread counts one cell more than there are, at distance 1, a column's spread over all train rows. So a
+    window without spread is not blown up by dividing through almost nothing, and one without a known cell has
+    center 0 and scale 1.
     """
     count = known.sum(dim=1, keepdim=True)                                      # (B, 1, N)
     center = torch.where(known, numeric, 0.0).sum(dim=1, keepdim=True) / count.clamp(min=1)
@@ -160,15 +172,15 @@ class Guess(NamedTuple):
     """What the model says of each cell."""
     numeric: torch.Tensor       # (B, T, N) float32
     logits: list                # K of (B, T, V_k - 2) float32
-    scale: torch.Tensor         # (B, 1, N), the spread that the loss measures errors in; 1.0 where causal
+    scale: torch.Tensor         # (B, 1, N), the spread in which the loss measures errors; 1.0 where causal
 
 
 class TableTransformer(nn.Module):
     """masking.Inputs -> Guess.
 
-    The heads predict the correction to what is pencilled in and start at zero: before its first step the model IS
-    linear interpolation and the nearest known category (or, causal, repetition of the last row), and training is
-    judged against that.
+    The heads predict the correction to what is pencilled in and start at zero: before its first step the
+    model IS linear interpolation and the nearest known category (or, causal, repetition of the last row), and
+    training is judged against that.
     """
 
     def __init__(self, config):
@@ -176,24 +188,18 @@ class TableTransformer(nn.Module):
         if config.n_embd % config.n_head or config.n_embd // config.n_head % 2:
             raise ValueError(f"n_embd {config.n_embd} must be n_head {config.n_head} times an even number")
         self.config = config
-        # a column's own values are the classes; one class at least, though a column may have no value in train
-        self.classes = [max(1, v - 2) for v in config.vocab_sizes]
+        self.classes = [max(1, v - 2) for v in config.vocab_sizes]              # at least one
         self.embed = RowEmbedding(config)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.norm = nn.LayerNorm(config.n_embd)
-        self.trust = nn.Parameter(torch.full((len(self.classes),), 5.0))        # in the pencilled-in category, log-odds
-        self.head = nn.Linear(config.n_embd, config.n_numeric + sum(self.classes))      # all columns' heads in one
+        self.head = nn.Linear(config.n_embd, config.n_numeric + sum(self.classes))      # all columns' heads
+        self.trust = nn.Parameter(torch.full((len(self.classes),), 5.0))        # log-odds of the pencilled-in
         cos, sin = rotary_table(config.seq_len, config.n_embd // config.n_head)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
-        self.init_weights()
-
-    def init_weights(self):
         for name, p in self.named_parameters():
-            if name.endswith("proj.weight"):    # 2 * n_layer additions to the residual stream keep its variance
-                nn.init.normal_(p, std=0.02 / math.sqrt(2 * self.config.n_layer))
-            elif p.dim() == 2:
-                nn.init.normal_(p, std=0.02)
+            if p.dim() == 2:            # a block adds to the stream twice: smaller weights keep its size
+                nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer) if "proj" in name else 0.02)
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
         nn.init.zeros_(self.head.weight)
@@ -202,16 +208,16 @@ class TableTransformer(nn.Module):
     def forward(self, inputs):
         numeric, ids, shown, known, pencil, pencil_ids, clock, attend = inputs
         T, N = numeric.shape[1:]
-        # the window's own level and spread would tell a causal model about its future
-        center, scale = (0.0, 1.0) if self.config.causal else window_scale(numeric, known[..., :N])     # (B, 1, N)
-        values = (torch.where(shown[..., :N], numeric, pencil) - center) / scale                        # (B, T, N)
-        x = self.embed(values, torch.where(shown[..., N:], ids, pencil_ids), shown, clock)              # (B, T, D)
+        # the level and spread of the window would tell a causal model about its future
+        center, scale = (0.0, 1.0) if self.config.causal else window_scale(numeric, known[..., :N])
+        values = (torch.where(shown[..., :N], numeric, pencil) - center) / scale                # (B, T, N)
+        x = self.embed(values, torch.where(shown[..., N:], ids, pencil_ids), shown, clock)      # (B, T, D)
         for block in self.blocks:
             x = block(x, attend, self.cos[:T], self.sin[:T])
         out = self.head(self.norm(x)).float()                                   # (B, T, N + all classes)
         correction, *logits = out.split([N] + self.classes, dim=-1)
         for k, n in enumerate(self.classes):
-            pencilled = pencil_ids[..., k:k + 1] == torch.arange(2, 2 + n, device=out.device)           # (B, T, n)
+            pencilled = pencil_ids[..., k:k + 1] == torch.arange(2, 2 + n, device=out.device)   # (B, T, n)
             logits[k] = logits[k] + self.trust[k] * pencilled
         return Guess(pencil + scale * correction, logits, scale)
 
@@ -226,95 +232,94 @@ def count_scored(targets):
 
 
 def sum_losses(guess, targets, loss="mse"):
-    """Sums over the scored cells, (2,) float32: squared (or Huber) error of numbers, cross-entropy of categories.
+    """Sums over scored cells, (2,) float32: squared or Huber errors of numbers, cross-entropy of categories.
 
-    guess: Guess; targets: masking.Targets; loss: "mse" or "huber". Numbers count in units of their window's spread, so
-    that a calm column weighs as much as a wild one, and both about as much as a category.
-    A sum, so that the caller divides once by the count of the whole step, clamped to 1: a mean over an empty
-    selection is 0/0. Targets hold no NaN, so torch.where is safe: what it drops has a gradient of 0, not of NaN.
+    guess: Guess; targets: masking.Targets; loss: "mse" or "huber". Numbers count in units of their window's
+    spread, so that a calm column weighs as much as a wild one, and both about as much as a category.
+    Sums, so that the caller divides once, by the count of a whole step clamped to 1: the mean of no cells is
+    0/0. Targets hold no NaN, so torch.where is safe: what it drops has gradient 0, where a NaN has NaN.
     """
     N = targets.numeric.shape[-1]
-    error = F.mse_loss if loss == "mse" else F.huber_loss
-    error = error(guess.numeric / guess.scale, targets.numeric / guess.scale, reduction="none")         # (B, T, N)
+    measure = F.mse_loss if loss == "mse" else F.huber_loss
+    error = measure(guess.numeric / guess.scale, targets.numeric / guess.scale, reduction="none")
     total = torch.where(targets.score[..., :N], error, 0.0).sum()
     entropy = total.new_zeros(())
     for k, logits in enumerate(guess.logits):
-        target = (targets.categorical[..., k] - 2).clamp(min=0)                 # unscored cells get any class at all
-        nll = F.cross_entropy(logits.transpose(1, 2), target, reduction="none")             # (B, T)
+        target = (targets.categorical[..., k] - 2).clamp(min=0)                 # unscored: any class will do
+        nll = F.cross_entropy(logits.transpose(1, 2), target, reduction="none")                     # (B, T)
         entropy = entropy + torch.where(targets.score[..., N + k], nll, 0.0).sum()
     return torch.stack([total, entropy])
 
 
 # -----------------------------------------------------------------------------
-# run by itself
+# what this file prints when run by itself
 
 def print_shapes():
     """Parameters by part, and one forward pass over the tiny table, shape by shape."""
-    from data import step_generator, tiny_batch
-    from masking import Inputs, create_attention_mask, create_masks, pencil_category, pencil_in
+    from data import step_generator, tiny_batch             # for this demonstration only
+
     table, batch = tiny_batch()
     N = len(table.schema.numeric)
     model = TableTransformer(Config(N, table.schema.vocab_sizes(), table.schema.n_clock, table.seq_len))
     for name, part in model.named_children():
         print(f"{name:<8}{sum(p.numel() for p in part.parameters()):>9,} parameters")
     known = batch.observed & ~create_masks(batch.observed, 0.4, step_generator(3))
-    inputs = Inputs(batch.numeric, batch.categorical, known, known, pencil_in(batch.numeric, known[..., :N], False),
-                    pencil_category(batch.categorical, known[..., N:], False), batch.clock,
-                    create_attention_mask(batch.valid, causal=False))
+    inputs = Inputs(batch.numeric, batch.categorical, known, known,
+                    pencil_in(batch.numeric, known[..., :N], causal=False),
+                    pencil_category(batch.categorical, known[..., N:], causal=False),
+                    batch.clock, create_attention_mask(batch.valid, causal=False))
     for name, x in inputs._asdict().items():
-        print(f"{name:<22}{tuple(x.shape)}")
+        print(f"inputs.{name:<15}{tuple(x.shape)}")
     for name, part in model.named_modules():
-        if name.startswith("blocks.0") or "blocks" not in name and name:        # the other blocks look the same
-            part.register_forward_hook(lambda part, x, out, name=name: print(f"{name:<22}{tuple(out.shape)}"))
+        if name.startswith(("embed", "blocks.0", "norm", "head")):              # other blocks look alike
+            part.register_forward_hook(lambda part, x, y, name=name: print(f"{name:<22}{tuple(y.shape)}"))
     guess = model(inputs)
-    print(f"{'guess':<22}{tuple(guess.numeric.shape)}\n{'logits':<22}{[tuple(x.shape) for x in guess.logits]}")
-    print(f"untrained, the guess is the pencilled-in value: {torch.equal(guess.numeric, inputs.pencil)}")
+    print(f"{'guess.numeric':<22}{tuple(guess.numeric.shape)}")
+    print(f"{'guess.logits':<22}{[tuple(x.shape) for x in guess.logits]}")
+    print(f"untrained, the guess is what is pencilled in: {torch.equal(guess.numeric, inputs.pencil)}")
 
 
 def find_leaks(causal, T=12, N=3):
-    """(T, T) bool, True = output row depends on input row, by autograd through pencil and model with random weights;
-    every third cell is hidden. The truth under a hidden cell must reach nobody: its own gradient is checked too."""
-    from masking import Inputs, pencil_in
+    """(T, T) bool, True = the output row (line) depends on the input row (column), by autograd through pencil
+    and model, every third cell hidden. AssertionError if the truth under a hidden cell reaches an output."""
     torch.manual_seed(0)
     model = TableTransformer(Config(N, [], 0, T, n_embd=32, causal=causal))
     nn.init.normal_(model.head.weight)                      # a head of zeros would hide every dependence
-    numeric = torch.randn(1, T, N, requires_grad=True)
-    known = (torch.arange(T * N).view(1, T, N) % 3 > 0)
-    ids = torch.zeros(1, T, 0, dtype=torch.long)
-    inputs = Inputs(numeric, ids, known, known, pencil_in(numeric, known, causal), ids, torch.zeros(1, T, 0), None)
-    rows = []
-    for row in model(inputs).numeric[0]:                    # (N,), one output row after the other
+    numeric, ids = torch.randn(1, T, N, requires_grad=True), torch.zeros(1, T, 0, dtype=torch.long)
+    known = torch.arange(T * N).view(1, T, N) % 3 > 0
+    pencil = pencil_in(numeric, known, causal)
+    guess = model(Inputs(numeric, ids, known, known, pencil, ids, torch.zeros(1, T, 0), None))
+    lines = []
+    for row in guess.numeric[0]:                            # (N,)
         gradient, = torch.autograd.grad(row.sum(), numeric, retain_graph=True)
-        assert (gradient[~known] == 0).all(), "a hidden value reaches the output"
-        rows.append(gradient[0].abs().sum(-1) > 0)
-    return torch.stack(rows)
+        assert (gradient[~known] == 0).all(), "a hidden value reaches an output"
+        lines.append((gradient[0] != 0).any(dim=-1))
+    return torch.stack(lines)
 
 
-def bench(repeats=5):
-    """Milliseconds of a training step, and the share of a plain matrix product's speed that it reaches."""
-    import time
-    from masking import Inputs
+def bench(repeats=9):
+    """Time of a training step at three shapes, and its share of the speed of a plain matrix product."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
 
     def seconds(work):
         times = []
-        for _ in range(repeats + 1):
+        for _ in range(repeats + 2):                        # the first two warm up
             start = time.perf_counter()
             work()
             if device == "cuda":
                 torch.cuda.synchronize()
             times.append(time.perf_counter() - start)
-        return sorted(times[1:])[repeats // 2]              # the first one warms up
+        return sorted(times[2:])[repeats // 2]
 
     for dtype in (torch.float32, torch.bfloat16):
         a = torch.randn(2048, 2048, device=device, dtype=dtype)
-        peak = 2 * 2048 ** 3 / seconds(lambda: a @ a)
+        peak = 2 * len(a) ** 3 / seconds(lambda: a @ a)     # FLOP/s
         for T, B, D, n_layer, n_head in ((96, 32, 128, 4, 4), (256, 16, 384, 6, 6), (1024, 14, 128, 4, 4)):
             model = TableTransformer(Config(7, [], 4, T, n_layer, n_head, D)).to(device)
             optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-            x, seen = torch.randn(B, T, 7, device=device), torch.rand(B, T, 7, device=device) > 0.3
+            x, known = torch.randn(B, T, 7, device=device), torch.rand(B, T, 7, device=device) > 0.3
             ids = torch.zeros(B, T, 0, dtype=torch.long, device=device)
-            inputs = Inputs(x, ids, seen, seen, x, ids, torch.zeros(B, T, 4, device=device), None)
+            inputs = Inputs(x, ids, known, known, x, ids, torch.zeros(B, T, 4, device=device), None)
 
             def step():
                 with torch.autocast(device, dtype, enabled=dtype != torch.float32):
@@ -326,22 +331,23 @@ def bench(repeats=5):
 
             took = seconds(step)
             # 6 operations a parameter and token, and attention's two T x T products, as nanoGPT counts them
-            work = B * T * (6 * sum(p.numel() for p in model.parameters()) + 12 * n_layer * D * T)
-            print(f"T {T:4d} B {B:2d} D {D:3d} {str(dtype)[6:]:<9}{took * 1e3:8.1f} ms a step {B * T * 7 / took:11,.0f} cells/s "
-                  f"{work / took / 1e9:8.1f} GFLOP/s, {work / took / peak:.2f} of a matrix product")
+            flops = B * T * (6 * sum(p.numel() for p in model.parameters()) + 12 * n_layer * D * T) / took
+            print(f"T {T:4d}, B {B:2d}, D {D:3d}, {str(dtype)[6:]:<8}  {took * 1e3:7.1f} ms a step, "
+                  f"{B * T * 7 / took:10,.0f} cells/s, {flops / 1e9:6.0f} GFLOP/s, {flops / peak:.2f} of matmul")
 
 
 if __name__ == "__main__":
-    import argparse
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--leaks", action="store_true", help="who depends on whom, as a picture in text")
-    parser.add_argument("--bench", action="store_true", help="how long a training step takes on this machine")
+    parser.add_argument("--bench", action="store_true", help="how long a training step takes")
     args = parser.parse_args()
     if args.bench:
         bench()
     elif args.leaks:
         for causal in (False, True):
-            print("autoregressive:" if causal else "masked:", "a line an output row, # = it depends on that input row")
-            print("\n".join("    " + " ".join("#" if x else "." for x in row) for row in find_leaks(causal).tolist()))
+            print("autoregressive:" if causal else "masked:", "a line an output row, # = it depends on this row")
+            for line in find_leaks(causal).tolist():
+                print("    " + " ".join("#" if depends else "." for depends in line))
     else:
         print_shapes()
