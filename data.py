@@ -1,12 +1,13 @@
 """
 A table becomes tensors. This is the only file that knows pandas, and the only one in which a NaN exists.
 
-    python data.py                       # describe the simulated `sensors` table, and print the tiny one
-    python data.py --data my.csv         # what was understood of your own file, before anyone trains on it
+    python data.py                      # describe the simulated `sensors` table, and print the tiny one
+    python data.py --data my.csv        # what was understood of your own file, before anyone trains on it
 
-A cell is either observed, and then it is a finite number (or an id), or it is not, and then it is 0 and a
-mask says so. Everything downstream relies on that one promise. The words (B, T, N, K, F, observed, valid,
-...) are defined once, at the top of model.py. """
+A cell is either observed, and then it is a finite number or an id, or it is not, and then it is 0 and a mask
+says so. Everything downstream relies on that one promise. The words (B, T, N, K, F, observed, valid, ...) are
+defined once, at the top of model.py.
+"""
 import argparse
 import ast
 import sys
@@ -18,9 +19,10 @@ import numpy as np
 import pandas as pd
 import torch
 
-SENTINEL = 1e30  # sensor files write "no reading" as -1.18e42 and the like; nothing we measure is that big
-MAX_CATEGORIES = 1000  # a text column with more distinct values than this is an identifier, not a category
-MASK_ID, UNK_ID = 0, 1      # ids every categorical column reserves; its own values start at 2
+SENTINEL = 1e30                     # files write "no reading" as -1.18e42; nothing we measure is that big
+MAX_CATEGORIES = 1000               # a text column with more distinct values than this is an identifier
+CYCLES = 86_400, 365.25 * 86_400    # a day and a year, in seconds: the hands of the clock
+MASK_ID, UNK_ID = 0, 1              # reserved in every categorical column; its own values start at 2
 
 
 def fail(message):
@@ -35,7 +37,7 @@ class Batch(NamedTuple):
     categorical: torch.Tensor   # (B, T, K) int64, 0 = missing, 1 = [UNK], then the column's own values
     observed: torch.Tensor      # (B, T, F) bool, True = the table has a value here
     valid: torch.Tensor         # (B, T) bool, True = a real row, False = padding on the right
-    clock: torch.Tensor  # (B, T, C) float32, sin and cos of the time of day and of the year; C is 0 or 4
+    clock: torch.Tensor         # (B, T, C) float32, sin and cos of the time of day and of the year
 
 
 # -----------------------------------------------------------------------------
@@ -104,13 +106,13 @@ def simulate_sensors(n_rows=40_000, seed=0):
     }).round({"speed": 0, "flow": 1, "pressure_in": 3, "pressure_out": 2, "power": 2, "temp_bearing": 1,
               "temp_outlet": 1, "vibration": 3, "temp_ambient": 1})
 
-    # what goes wrong on site, column by column: the runs and the single dropouts make about 5 % of holes
+    # what goes wrong on site, column by column: the runs and the single dropouts make about 4 % of holes
     for name in table.columns[1:-2]:
         holes = rng.random(n_rows) < 0.005
         for start in rng.integers(0, n_rows, n_rows // 2000):
             holes[start:start + rng.geometric(1 / 90)] = True
         table[name] = table[name].mask(holes)
-    for start in rng.integers(0, n_rows, 12):  # a frozen sensor repeats its last value for minutes
+    for start in rng.integers(0, n_rows, 12):                   # a frozen sensor repeats its last value
         stop = min(start + rng.geometric(1 / 180), n_rows)
         table.loc[start:stop, "temp_outlet"] = table["temp_outlet"].iloc[start]
     spikes = rng.random(n_rows) < 0.0002
@@ -134,9 +136,11 @@ SIMULATIONS = {"sensors": simulate_sensors}
 
 
 def read_table(source, read_csv=""):
-    """source: a simulation's name, or a path to .csv, .csv.gz or .parquet; read_csv: "sep=; decimal=,",
-    handed to pandas.read_csv. Returns a DataFrame of at least one row; anything that cannot be read ends in
-    one sentence."""
+    """A DataFrame of at least one row; whatever cannot be read ends in one sentence.
+
+    source: a simulation's name, or a path to .csv, .csv.gz or .parquet.
+    read_csv: options for pandas.read_csv, such as "sep=; decimal=,".
+    """
     if source in SIMULATIONS:
         return SIMULATIONS[source]()
     options = {}
@@ -151,7 +155,7 @@ def read_table(source, read_csv=""):
     except FileNotFoundError:
         fail(f"{source}: no such file (--data takes a path or one of: {', '.join(SIMULATIONS)})")
     except ImportError:
-        fail(f"{source}: pandas needs pyarrow to read parquet; `pip install pyarrow`, or save the table as .csv")
+        fail(f"{source}: pandas needs pyarrow to read parquet: pip install pyarrow, or save it as .csv")
     except TypeError as e:
         fail(f"--read_csv {read_csv!r}: {e}")
     except (pd.errors.EmptyDataError, pd.errors.ParserError, ValueError, OSError) as e:
@@ -184,10 +188,10 @@ def as_time(column):
 def infer_kind(column):
     """"numeric", "categorical", "time" or "dropped: why", from the values of one column."""
     if pd.api.types.infer_dtype(column, skipna=True) in ("boolean", "categorical"):
-        return "categorical"  # True with holes in it is an object column to pandas
+        return "categorical"                                # to pandas, True with holes is any object
     if not pd.api.types.is_datetime64_any_dtype(column):
         numeric = pd.to_numeric(column, errors="coerce").notna().sum()
-        if numeric >= 0.9 * column.notna().sum():  # "Bad" and "No Data" among numbers are missing numbers
+        if numeric >= 0.9 * column.notna().sum():           # a "Bad" among numbers is a missing number
             return "numeric"
     if as_time(column) is not None:
         return "time"
@@ -197,12 +201,14 @@ def infer_kind(column):
 
 
 def infer_kinds(table, args):
-    """{column: "time" | "group" | "numeric" | "categorical" | "dropped: why"}; turns the time column into
-    time stamps in place. Flags win over inference; without --time_col the first column of time stamps is the
-    time column."""
-    flags = {"time": [args.time_col] if args.time_col else [], "group": [args.group_col] if args.group_col else [],
-             "numeric": args.numeric_cols, "categorical": args.categorical_cols, "dropped: --drop_cols": args.drop_cols}
-    kinds = {name: kind for kind, names in flags.items() for name in names}
+    """{column: "time", "group", "numeric", "categorical" or "dropped: why"}.
+
+    Flags win over inference; without --time_col the first column of time stamps is the time column, and is
+    turned into time stamps in place.
+    """
+    flags = {"time": [args.time_col], "group": [args.group_col], "numeric": args.numeric_cols,
+             "categorical": args.categorical_cols, "dropped: --drop_cols": args.drop_cols}
+    kinds = {name: kind for kind, names in flags.items() for name in names if name}
     for name in kinds:
         if name not in table.columns:
             some = ", ".join(table.columns[:12]) + (" ..." if table.shape[1] > 12 else "")
@@ -210,22 +216,22 @@ def infer_kinds(table, args):
     for name in table.columns:
         if name not in kinds:
             kind = infer_kind(table[name])
-            kinds[name] = "dropped: a second time column" if kind == "time" and "time" in kinds.values() else kind
+            second = kind == "time" and "time" in kinds.values()
+            kinds[name] = "dropped: a second time column" if second else kind
         if kinds[name] == "time":
             stamps = as_time(table[name])
-            table[name] = table[name] if stamps is None else stamps  # a number can sort rows, but is no clock
+            table[name] = table[name] if stamps is None else stamps     # a number sorts rows, but is no clock
     if not {"numeric", "categorical"} & set(kinds.values()):
-        fail(f"{args.data}: no usable column: there must be numbers or categories beside the time and the group")
+        fail(f"{args.data}: no usable column: it needs numbers or categories beside the time and the group")
     return {name: kinds[name] for name in table.columns}
 
 
 def numbers(column):
-    """A column as float64 with NaN for whatever is missing, is no number, is infinite or is a sentinel. The
-    test is made in float64: in float32 -1.18e42 is -inf already. Also returns how many values were taken out
-    so."""
+    """A column as float64, NaN where it is missing, no number, infinite or a sentinel; and how many were the
+    latter three. The test is made in float64: in float32 -1.18e42 is -inf already, and nobody could tell."""
     missing = column.isna().to_numpy()
     x = pd.to_numeric(column, errors="coerce").to_numpy(dtype=np.float64, na_value=np.nan, copy=True)
-    x[~(np.abs(x) <= SENTINEL)] = np.nan  # `not <=` catches nan, inf and sentinel in one go
+    x[~(np.abs(x) <= SENTINEL)] = np.nan                    # `not <=` catches nan, inf and sentinel in one go
     return x, int((np.isnan(x) & ~missing).sum())
 
 
@@ -242,10 +248,10 @@ class Schema:
     """Names, scales and vocabularies of the columns; plain Python, so that it can live in a checkpoint."""
     numeric: list               # N names
     categorical: list           # K names
-    n_clock: int                # C
     center: list                # N, in original units
     scale: list                 # N, in original units, never 0
-    vocabulary: list            # K lists of labels, the most frequent first; label i has id i + 2
+    vocabulary: list            # K lists of labels, the commonest first; label i has id i + 2
+    cycles: list                # C / 2 periods of the clock, in seconds
     clip: float                 # scaled values are clipped to +-clip
 
     def vocab_sizes(self):
@@ -253,33 +259,35 @@ class Schema:
         return [len(v) + 2 for v in self.vocabulary]
 
     def decode(self, numeric, categorical):
-        """(..., N) scaled values and (..., K) ids -> a dict {column: values in original units, or labels},
-        numpy.
+        """(..., N) scaled values and (..., K) ids -> {column: values in original units, or labels}, as numpy.
         The reserved ids become None: there is no label to give."""
         columns = {name: numeric[..., j].double().numpy() * self.scale[j] + self.center[j]
                    for j, name in enumerate(self.numeric)}
         for k, name in enumerate(self.categorical):
-            columns[name] = np.array([None, None] + self.vocabulary[k], dtype=object)[categorical[..., k].numpy()]
+            labels_by_id = np.array([None, None] + self.vocabulary[k], dtype=object)
+            columns[name] = labels_by_id[categorical[..., k].numpy()]
         return columns
 
 
 def fit_scale(x, scaler):
-    """center, scale of one float64 column (train rows, NaN = missing), statistics after clipping at the 0.1
-    % and 99.9 % quantiles so that one spike does not set the scale. A constant or empty column gets scale
-    1."""
+    """center and scale of one float64 column of train rows; a constant or an empty one has scale 1.
+
+    It is clipped at its 0.1 % and 99.9 % quantiles first, so that one spike does not set the scale of all.
+    """
     x = x[~np.isnan(x)]
     if len(x) == 0:
         return 0.0, 1.0
     x = np.clip(x, *np.quantile(x, [0.001, 0.999]))
     low, median, high = np.quantile(x, [0.25, 0.5, 0.75])
-    center, scale = {"standard": (x.mean(), x.std()), "robust": (median, high - low), "none": (x.mean(), 1.0)}[scaler]
+    center, scale = {"standard": (x.mean(), x.std()), "robust": (median, high - low),
+                     "none": (x.mean(), 1.0)}[scaler]
     return float(center), float(scale) if scale > 1e-9 * abs(center) else 1.0   # a constant's std is rounding
 
 
 def fit_schema(table, kinds, is_train, args):
-    """is_train: (rows,) bool. Nothing here looks at a row outside it."""
-    schema = Schema([c for c in kinds if kinds[c] == "numeric"], [c for c in kinds if kinds[c] == "categorical"],
-                    n_clock=0, center=[], scale=[], vocabulary=[], clip=args.clip)
+    """Scales, vocabularies and cycles, from the rows where is_train, (rows,) bool, is True alone."""
+    numeric, categorical = ([c for c in kinds if kinds[c] == kind] for kind in ("numeric", "categorical"))
+    schema = Schema(numeric, categorical, center=[], scale=[], vocabulary=[], cycles=[], clip=args.clip)
     for name in schema.numeric:
         center, scale = fit_scale(numbers(table[name])[0][is_train], args.scaler)
         schema.center.append(center)
@@ -287,18 +295,18 @@ def fit_schema(table, kinds, is_train, args):
     for name in schema.categorical:
         counts = labels(table[name][is_train]).value_counts()
         schema.vocabulary.append(sorted(counts.index.tolist(), key=lambda label: (-counts[label], label)))
-    times = [name for name in kinds if kinds[name] == "time" and pd.api.types.is_datetime64_any_dtype(table[name])]
-    schema.n_clock = 4 * len(times)
+    # a cycle that the train rows have not seen twice tells dates apart, not seasons, and is learnt by heart
+    times = [table[name][is_train] for name in kinds if kinds[name] == "time"]
+    spans = [(t.max() - t.min()).total_seconds() for t in times if pd.api.types.is_datetime64_any_dtype(t)]
+    schema.cycles = [cycle for cycle in CYCLES for span in spans if span >= 2 * cycle]
     return schema
 
 
-def make_clock(stamps):
-    """(rows,) time stamps -> (rows, 4) float32: sin and cos of the time of day and of the day of the year."""
-    day = (stamps.dt.hour * 3600 + stamps.dt.minute * 60 + stamps.dt.second) / 86_400
-    year = (stamps.dt.day_of_year - 1 + day) / 365.25
-    angles = 2 * np.pi * np.stack([day, year], axis=1)                          # (rows, 2)
-    clock = np.concatenate([np.sin(angles), np.cos(angles)], axis=1)            # (rows, 4)
-    return np.nan_to_num(clock).astype(np.float32)  # a missing time stamp has no clock
+def make_clock(stamps, cycles):
+    """(rows,) time stamps -> (rows, 2 * cycles) float32: sin and cos of the place in each cycle (seconds)."""
+    midnight = pd.Timestamp("2000-01-01", tz=stamps.dt.tz)
+    angle = 2 * np.pi * (stamps - midnight).dt.total_seconds().to_numpy()[:, None] / np.array(cycles)
+    return np.nan_to_num(np.hstack([np.sin(angle), np.cos(angle)])).astype(np.float32)     # NaT: 0
 
 
 # -----------------------------------------------------------------------------
@@ -313,12 +321,13 @@ class Table:
     observed: torch.Tensor      # (rows, F) bool
     clock: torch.Tensor         # (rows, C) float32
     repaired: dict              # column -> values that were no number, infinite or a sentinel
+    kinds: dict                 # column of the file -> what it was taken for
     seq_len: int                # T
     segments: dict              # split -> (S, 2) int64, [start, end) rows of each sequence that may be read
 
     def starts(self, split, stride):
-        """(W, 2) int64, start row and end of its sequence: windows every `stride` rows, and the last one
-        flush with the end, so that no row of the split is left out."""
+        """Windows every `stride` rows, and a last one flush with the end, so that no row of the split is left
+        out: (windows, 2) int64, the first row of each and the end of its sequence."""
         windows = []
         for start, end in self.segments[split].tolist():
             last = max(start, end - self.seq_len)
@@ -326,17 +335,16 @@ class Table:
         return torch.tensor(windows)
 
     def sample(self, split, batch_size, generator):
-        """Like `starts`, but (batch_size, 2) windows at any offset, each equally likely."""
+        """Windows at any offset, each equally likely: (batch_size, 2), as in `starts`."""
         start, end = self.segments[split].unbind(1)
-        offsets = (end - start - self.seq_len + 1).clamp(min=1)  # a short sequence has one: its start
+        offsets = (end - start - self.seq_len + 1).clamp(min=1)                 # a short sequence has one
         u = torch.randint(int(offsets.sum()), (batch_size,), generator=generator)
         sequence = torch.searchsorted(offsets.cumsum(0), u, right=True)
         offset = u - (offsets.cumsum(0) - offsets)[sequence]
         return torch.stack([start[sequence] + offset, end[sequence]], dim=1)
 
     def batch(self, windows):
-        """(B, 2) start row and end of sequence -> Batch, padded on the right where the sequence ends
-        early."""
+        """(B, 2) windows of `starts` or `sample` -> Batch, padded on the right where a sequence ends."""
         rows = windows[:, :1] + torch.arange(self.seq_len)                      # (B, T)
         valid = rows < windows[:, 1:]
         rows = torch.where(valid, rows, windows[:, 1:] - 1)
@@ -347,9 +355,8 @@ class Table:
 
 
 def encode(table, kinds, schema):
-    """DataFrame -> numeric (rows, N), categorical (rows, K), observed (rows, F), clock (rows, C), repaired.
-    One column at a time, each dropped from the DataFrame once it is encoded: a big table is never held
-    twice."""
+    """DataFrame -> the fields of Table from `numeric` to `kinds`. Takes the DataFrame apart column by column, so
+    that a big table is not held twice."""
     n_rows, n_numeric, n_categorical = len(table), len(schema.numeric), len(schema.categorical)
     numeric = np.zeros((n_rows, n_numeric), np.float32)
     categorical = np.zeros((n_rows, n_categorical), np.int32)
@@ -358,24 +365,21 @@ def encode(table, kinds, schema):
     for j, name in enumerate(schema.numeric):
         x, repaired[name] = numbers(table.pop(name))
         observed[:, j] = ~np.isnan(x)
-        x = np.clip((x - schema.center[j]) / schema.scale[j], -schema.clip, schema.clip)  # float64, then cast
-        numeric[:, j] = np.where(observed[:, j], x, 0.0)
+        x = np.clip((x - schema.center[j]) / schema.scale[j], -schema.clip, schema.clip)
+        numeric[:, j] = np.where(observed[:, j], x, 0.0)    # all in float64 up to here, where it is cast
     for k, name in enumerate(schema.categorical):
         text = labels(table.pop(name))
-        # -1 = missing, or not in train
-        code = pd.Index(schema.vocabulary[k], dtype="string").get_indexer(text)
+        code = pd.Index(schema.vocabulary[k], dtype="string").get_indexer(text)     # -1: not in train
         observed[:, n_numeric + k] = text.notna()
         categorical[:, k] = np.where(observed[:, n_numeric + k], code + 2, MASK_ID)
     clock = np.zeros((n_rows, 0), np.float32)
-    if schema.n_clock:
-        clock = make_clock(table[next(name for name in kinds if kinds[name] == "time")])
-    return [*map(torch.from_numpy, (numeric, categorical, observed, clock)), repaired]
+    if schema.cycles:
+        clock = make_clock(table[next(name for name in kinds if kinds[name] == "time")], schema.cycles)
+    return [*map(torch.from_numpy, (numeric, categorical, observed, clock)), repaired, kinds]
 
 
 def split_counts(split, n, what, args):
     """Three fractions, or three counts -> three counts of n rows (or groups); what is over stays unused."""
-    if min(split) < 0 or sum(split) == 0:
-        fail(f"--split {split}: give three positive fractions or three counts")
     if sum(split) <= 1 + 1e-6:
         edges = [round(n * sum(split[:i]) + 1e-9) for i in range(4)]
         counts = [b - a for a, b in zip(edges, edges[1:])]
@@ -385,17 +389,16 @@ def split_counts(split, n, what, args):
             fail(f"--split asks for {sum(counts)} {what}, but {args.data} has {n}")
     for name, count in zip(("train", "val", "test"), counts):
         if count == 0:
-            fail(f"{args.data}: {n} {what} split as {split} leave the {name} part without a window; change --split")
+            fail(f"{args.data}: {n} {what}, split as {split}, leave no {name} window (--split)")
     return counts
 
 
 def split_rows(lengths, args):
-    """lengths: rows of each group, in row order (one entry where there are no groups). Returns T and the
-    segments.
+    """T, and the segments of Table. lengths: rows of each group, in row order; one entry if there are no groups.
 
-    One sequence is split by time. As the ETTh1 protocol has it, a val or test window may begin up to T rows
-    before its part. Several groups are split by group, shuffled once with a fixed seed: no row is in two
-    parts. """
+    One sequence is split by time. As the ETTh1 protocol has it (Zhou 2021), a val or test window may begin up to
+    T rows before its part. Several groups are split by group, shuffled with a fixed seed.
+    """
     ends = np.cumsum(lengths)
     ranges = np.stack([ends - lengths, ends], axis=1)                           # (groups, 2)
     if len(lengths) == 1:
@@ -416,11 +419,13 @@ def load_table(args, table=None):
     table = read_table(args.data, args.read_csv) if table is None else table.copy()
     kinds = infer_kinds(table, args)
     by = [name for kind in ("group", "time") for name in kinds if kinds[name] == kind]
+    if "group" in kinds.values():
+        table[by[0]] = labels(table[by[0]])                                     # mixed types do not sort
     if by:
-        table = table.sort_values(by, kind="stable", ignore_index=True)  # equal time stamps keep their order
+        table = table.sort_values(by, kind="stable", ignore_index=True)         # equal times keep their order
     lengths = np.array([len(table)])
     if "group" in kinds.values():
-        lengths = table.groupby(by[0], sort=True, dropna=False).size().to_numpy()
+        lengths = table.groupby(by[0], dropna=False).size().to_numpy()          # in the same, sorted order
     seq_len, segments = split_rows(lengths, args)
     is_train = np.zeros(len(table), bool)
     for start, end in segments["train"].tolist():
@@ -430,9 +435,8 @@ def load_table(args, table=None):
 
 
 def step_generator(*key):
-    """A CPU generator seeded by a key such as (seed, step, rank). Every random thing of a step comes from
-    one of these, so no generator state is ever saved: resuming, several processes and prefetching cannot
-    disagree."""
+    """A CPU generator seeded by a key such as (seed, step, rank). All that is random in a step comes from one
+    of these, so no generator state is saved anywhere: resuming and several processes cannot disagree."""
     return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
 
 
@@ -450,12 +454,12 @@ def number(kind, low, high=float("inf"), inside=False):
 def add_arguments(parser, source):
     """The flags that say what the table is; shared by this file and both training scripts."""
     add = parser.add_argument
-    add("--data", default=source, help=f"a .csv, .csv.gz or .parquet file, or one of: {', '.join(SIMULATIONS)}")
+    add("--data", default=source, help=f".csv, .csv.gz or .parquet, or simulated: {', '.join(SIMULATIONS)}")
     add("--read_csv", default="", metavar="OPTIONS", help='for pandas.read_csv, such as "sep=; decimal=,"')
-    add("--split", type=float, nargs=3, default=[0.7, 0.15, 0.15], metavar=("TRAIN", "VAL", "TEST"),
-        help="fractions, or counts of rows (of groups, with --group_col), in the order of time")
+    add("--split", type=number(float, 0), nargs=3, default=[0.7, 0.15, 0.15], metavar="PART",
+        help="train, val, test: fractions, or counts of rows (with --group_col: of groups), in order of time")
     add("--time_col", default="", help="the column to sort by (found where one reads as time stamps)")
-    add("--group_col", default="", help="its values separate sequences: no window crosses from one to the next")
+    add("--group_col", default="", help="its values are separate sequences; no window crosses over")
     add("--numeric_cols", nargs="+", default=[], metavar="COL", help="columns to read as numbers")
     add("--categorical_cols", nargs="+", default=[], metavar="COL", help="columns to read as categories")
     add("--drop_cols", nargs="+", default=[], metavar="COL", help="columns to leave out")
@@ -475,7 +479,8 @@ def tiny_batch():
     frame = tiny_table()
     kinds = infer_kinds(frame, args)
     schema = fit_schema(frame, kinds, np.ones(len(frame), bool), args)
-    table = Table(schema, *encode(frame, kinds, schema), seq_len=6, segments={"train": torch.tensor([[0, 6], [6, 10]])})
+    segments = {"train": torch.tensor([[0, 6], [6, 10]])}
+    table = Table(schema, *encode(frame, kinds, schema), seq_len=6, segments=segments)
     return table, table.batch(table.starts("train", 6))
 
 
@@ -487,7 +492,7 @@ def show(schema, numeric, categorical, present, valid):
     for b in range(len(valid)):
         lines = [f"window {b}{header}"]
         for t in range(valid.shape[1]):
-            values = [f"{x:.2f}" for x in numeric[b, t].tolist()] + [str(i) for i in categorical[b, t].tolist()]
+            values = [f"{x:.2f}" for x in numeric[b, t].tolist()] + categorical[b, t].tolist()
             values = [v if p else "?" for v, p in zip(values, present[b, t].tolist())]
             lines.append(f"row {t}   " + "".join(f"{v if valid[b, t] else 'pad':>10}" for v in values))
         blocks.append(lines)
@@ -495,31 +500,33 @@ def show(schema, numeric, categorical, present, valid):
 
 
 def describe(table, args):
-    """Print what was understood: a line a column, the split, one batch."""
+    """Print what was understood: a line a column, then how the rows were split."""
     schema, rows = table.schema, len(table.observed)
-    print(f"{args.data}: {rows:,} rows, {len(schema.numeric)} numeric and {len(schema.categorical)} categorical columns, "
-          + ("a time column" if schema.n_clock else "no time column"))
-    print(f"{'column':<18}{'kind':<13}{'missing':>8}{'repaired':>9}{'mean':>11}{'std':>10}{'min':>10}{'max':>10}")
+    print(f"{args.data}: {rows:,} rows, {len(schema.cycles)} cycles of the clock")
+    print("".join(f"{word:>11}" for word in ("missing", "repaired", "mean", "std", "min", "max")))
+    columns = schema.decode(table.numeric, table.categorical)
     for j, name in enumerate(schema.numeric):
         here = table.observed[:, j]
-        x = table.numeric[here, j].double() * schema.scale[j] + schema.center[j]
-        stats = (x.mean(), x.std(correction=0), x.min(), x.max()) if len(x) else ()
-        print(f"{name:<18}{'numeric':<13}{1 - here.double().mean():>8.2%}{table.repaired[name]:>9}"
-              f"{''.join(f'{float(v):>11.4g}' if i == 0 else f'{float(v):>10.4g}' for i, v in enumerate(stats))}")
+        x = columns[name][here.numpy()]
+        stats = [x.mean(), x.std(), x.min(), x.max()] if len(x) else [np.nan] * 4
+        print(f"{1 - here.double().mean():>11.2%}{table.repaired[name]:>11}"
+              + "".join(f"{value:>11.4g}" for value in stats) + f"   {name}")
     for k, name in enumerate(schema.categorical):
-        ids = table.categorical[:, k]
-        seen = ", ".join(schema.vocabulary[k][:6]) + (" ..." if len(schema.vocabulary[k]) > 6 else "")
-        print(f"{name:<18}{'categorical':<13}{(ids == MASK_ID).double().mean():>8.2%}{'':>9}  "
-              f"{len(schema.vocabulary[k])} values: {seen}; [UNK] in {int((ids == UNK_ID).sum())} rows")
+        ids, words = table.categorical[:, k], schema.vocabulary[k]
+        print(f"{(ids == MASK_ID).double().mean():>11.2%}   {name}: {len(words)} categories ("
+              + ", ".join(words[:6]) + f"), not seen in train: {int((ids == UNK_ID).sum())} rows")
+    for name, kind in table.kinds.items():
+        if kind not in ("numeric", "categorical"):
+            print(f"{kind:>11}   {name}" if len(kind) < 9 else f"    {name} is {kind}")
     for split, segments in table.segments.items():
-        print(f"{split:<6}{int((segments[:, 1] - segments[:, 0]).sum()):>9,} rows in {len(segments)} sequence(s), "
-              f"{len(table.starts(split, table.seq_len)):,} windows of {table.seq_len}")
-    print("means, stds, ranges over all rows; the scales used come from train rows alone")
+        n_rows = int((segments[:, 1] - segments[:, 0]).sum())
+        print(f"{split:>11}   {n_rows:,} rows, {len(segments)} sequence(s), "
+              f"{len(table.starts(split, table.seq_len)):,} windows of {table.seq_len} rows side by side")
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     allow_abbrev=False)
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser, "sensors")
     args = parser.parse_args()
     describe(load_table(args), args)

@@ -172,7 +172,6 @@ class Guess(NamedTuple):
     """What the model says of each cell."""
     numeric: torch.Tensor       # (B, T, N) float32
     logits: list                # K of (B, T, V_k - 2) float32
-    scale: torch.Tensor         # (B, 1, N), the spread in which the loss measures errors; 1.0 where causal
 
 
 class TableTransformer(nn.Module):
@@ -219,7 +218,7 @@ class TableTransformer(nn.Module):
         for k, n in enumerate(self.classes):
             pencilled = pencil_ids[..., k:k + 1] == torch.arange(2, 2 + n, device=out.device)   # (B, T, n)
             logits[k] = logits[k] + self.trust[k] * pencilled
-        return Guess(pencil + scale * correction, logits, scale)
+        return Guess(pencil + scale * correction, logits)
 
 
 # -----------------------------------------------------------------------------
@@ -231,17 +230,17 @@ def count_scored(targets):
     return torch.stack([targets.score[..., :N].sum(), targets.score[..., N:].sum()]).float()
 
 
-def sum_losses(guess, targets, loss="mse"):
+def sum_losses(guess, targets, unit, loss="mse"):
     """Sums over scored cells, (2,) float32: squared or Huber errors of numbers, cross-entropy of categories.
 
-    guess: Guess; targets: masking.Targets; loss: "mse" or "huber". Numbers count in units of their window's
-    spread, so that a calm column weighs as much as a wild one, and both about as much as a category.
+    guess: Guess; targets: masking.Targets; loss: "mse" or "huber". unit (N,): what an error of 1 is in each
+    column. In units of the pencil's own error a calm column weighs as much as a wild one.
     Sums, so that the caller divides once, by the count of a whole step clamped to 1: the mean of no cells is
     0/0. Targets hold no NaN, so torch.where is safe: what it drops has gradient 0, where a NaN has NaN.
     """
     N = targets.numeric.shape[-1]
     measure = F.mse_loss if loss == "mse" else F.huber_loss
-    error = measure(guess.numeric / guess.scale, targets.numeric / guess.scale, reduction="none")
+    error = measure(guess.numeric / unit, targets.numeric / unit, reduction="none")                 # (B, T, N)
     total = torch.where(targets.score[..., :N], error, 0.0).sum()
     entropy = total.new_zeros(())
     for k, logits in enumerate(guess.logits):
@@ -260,7 +259,7 @@ def print_shapes():
 
     table, batch = tiny_batch()
     N = len(table.schema.numeric)
-    model = TableTransformer(Config(N, table.schema.vocab_sizes(), table.schema.n_clock, table.seq_len))
+    model = TableTransformer(Config(N, table.schema.vocab_sizes(), 2 * len(table.schema.cycles), table.seq_len))
     for name, part in model.named_children():
         print(f"{name:<8}{sum(p.numel() for p in part.parameters()):>9,} parameters")
     known = batch.observed & ~create_masks(batch.observed, 0.4, step_generator(3))

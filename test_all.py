@@ -32,6 +32,7 @@ import train_mlm
 from data import Batch, load_table, step_generator
 from masking import Inputs, Targets, create_masks, pencil_in
 
+UNIT = torch.tensor([0.5, 1.0, 2.0])
 ROOT = Path(__file__).parent
 slow = pytest.mark.skipif(not os.environ.get("NANOTAB_SLOW"), reason="slow: set NANOTAB_SLOW=1")
 etth1 = pytest.mark.skipif(not os.environ.get("ETTH1"), reason="needs a real table: set ETTH1 to the path of ETTh1.csv")
@@ -183,10 +184,12 @@ def test_time_sorts_rows_and_becomes_a_clock():
     frame = toy().sample(frac=1, random_state=0)
     table = load_table(data_args("--seq_len", 48), frame)
     assert torch.equal(table.numeric, load_table(data_args("--seq_len", 48), toy()).numeric)
-    clock = table.clock
-    assert clock.shape[1] == 4
-    torch.testing.assert_close(clock[:24, 0], clock[24:48, 0], atol=1e-6, rtol=0)           # sin of the time of day
-    torch.testing.assert_close(clock.square()[:, 0] + clock.square()[:, 2], torch.ones(400))
+    clock = table.clock                                     # hours of 16 days: the day is a cycle, the year not yet
+    assert clock.shape == (400, 2)
+    torch.testing.assert_close(clock[:24], clock[24:48], atol=1e-5, rtol=0)
+    torch.testing.assert_close(clock[[0, 6, 12, 18]], torch.tensor([[0.0, 1], [1, 0], [0, -1], [-1, 0]]), atol=1e-5, rtol=0)
+    long = pd.DataFrame({"date": pd.date_range("2020-01-01", periods=1500, freq="D"), "x": np.arange(1500.0)})
+    assert load_table(data_args(), long).clock.shape == (1500, 4)
 
 
 @pytest.mark.parametrize("column,kind", [
@@ -465,7 +468,7 @@ def test_loss_and_gradients_are_finite(how, shape, dtype):
         inputs, targets = train_mlm.objective(batch, mlm_args(), step_generator(0), case=rate)
         with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
             guess = net(inputs)
-        loss = (model.sum_losses(guess, targets) / model.count_scored(targets).clamp(min=1)).sum()
+        loss = (model.sum_losses(guess, targets, UNIT[:N]) / model.count_scored(targets).clamp(min=1)).sum()
         loss.backward()
         assert torch.isfinite(loss) and all(p.grad is None or torch.isfinite(p.grad).all() for p in net.parameters())
     assert F.mse_loss(torch.zeros(0), torch.zeros(0)).isnan()                   # the naive form
@@ -475,15 +478,15 @@ def test_loss_is_the_mean_over_scored_cells():
     batch, net = random_batch(), random_model()
     inputs, targets = train_mlm.objective(batch, mlm_args(), step_generator(1), step=5)
     guess = net(inputs)
-    numeric, categorical = model.sum_losses(guess, targets) / model.count_scored(targets)
+    numeric, categorical = model.sum_losses(guess, targets, UNIT) / model.count_scored(targets)
     chosen = targets.score[..., :3]
-    ours, truth = (guess.numeric / guess.scale)[chosen], (targets.numeric / guess.scale)[chosen]
+    ours, truth = (guess.numeric / UNIT)[chosen], (targets.numeric / UNIT)[chosen]
     torch.testing.assert_close(numeric, F.mse_loss(ours, truth))
     every = torch.cat([F.cross_entropy(guess.logits[k][targets.score[..., 3 + k]],
                                        targets.categorical[..., k][targets.score[..., 3 + k]] - 2, reduction="none")
                        for k in range(2)])
     torch.testing.assert_close(categorical, every.mean())
-    huber = model.sum_losses(guess, targets, "huber")[0]
+    huber = model.sum_losses(guess, targets, UNIT, "huber")[0]
     torch.testing.assert_close(huber, F.huber_loss(ours, truth, reduction="sum"))
     # naive: multiplying a NaN target by a mask of 0
     assert (torch.tensor([1.0, float("nan")]) * torch.tensor([1.0, 0.0])).sum().isnan()
@@ -565,7 +568,7 @@ def test_two_small_batches_accumulate_to_one_large_step(toy_csv, tmp_path):
     def gradient(parts, count):
         net.zero_grad()
         for i, t in parts:
-            (model.sum_losses(net(i), t) / (count if count is not None else model.count_scored(t) * len(parts))).sum().backward()
+            (model.sum_losses(net(i), t, UNIT) / (count if count is not None else model.count_scored(t) * len(parts))).sum().backward()
         return torch.cat([p.grad.flatten() for p in net.parameters() if p.grad is not None])
     whole = gradient([(inputs, targets)], model.count_scored(targets))
     torch.testing.assert_close(gradient(halves, model.count_scored(targets)), whole, atol=1e-5, rtol=1e-4)
