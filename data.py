@@ -135,7 +135,7 @@ def tiny_table():
 SIMULATIONS = {"sensors": simulate_sensors}
 
 
-def read_table(source, read_csv=""):
+def read_table(source, read_csv=None):
     """A DataFrame of at least one row; whatever cannot be read ends in one sentence.
 
     source: a simulation's name, or a path to .csv, .csv.gz or .parquet.
@@ -144,7 +144,7 @@ def read_table(source, read_csv=""):
     if source in SIMULATIONS:
         return SIMULATIONS[source]()
     options = {}
-    for option in read_csv.split():
+    for option in (read_csv or "").split():
         key, _, value = option.partition("=")
         try:
             options[key] = ast.literal_eval(value)              # numbers, lists, None, True ...
@@ -160,9 +160,11 @@ def read_table(source, read_csv=""):
         fail(f"--read_csv {read_csv!r}: {e}")
     except (pd.errors.EmptyDataError, pd.errors.ParserError, ValueError, OSError) as e:
         fail(f"{source}: pandas cannot read this table ({str(e).strip().splitlines()[0]})")
+    table.columns = table.columns.astype(str)
     if len(table) == 0:
         fail(f"{source}: the table has no rows")
-    table.columns = table.columns.astype(str)
+    if table.shape[1] == 1 and set(table.columns[0]) & set(";\t|"):
+        fail(f"{source}: a single column, {table.columns[0][:30]!r}: is the separator another? --read_csv 'sep=;'")
     return table
 
 
@@ -172,17 +174,18 @@ def read_table(source, read_csv=""):
 def as_time(column):
     """The column as time stamps if every value that is there reads as one, else None."""
     text = column.dropna()
-    if pd.api.types.is_numeric_dtype(column) or text.empty:
-        return None
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")                     # pandas warns where it has to guess the format
-        if pd.to_datetime(text.iloc[:1], errors="coerce", utc=True).isna().any():
-            return None                                     # saves parsing a long column of words
-        try:
-            stamps = pd.to_datetime(column, errors="coerce")
-        except ValueError:                                  # several time zones in one column
-            stamps = pd.to_datetime(column, errors="coerce", utc=True)
-    return stamps if stamps.notna().sum() == len(text) else None
+    if pd.api.types.is_numeric_dtype(column) or not text.iloc[:1].astype(str).str.contains(r"\d").any():
+        return None                                         # "may" is a word, whatever pandas makes of it
+    for options in ({}, {"dayfirst": True}, {"utc": True}):         # 31.12.2024, and several time zones
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")                 # pandas warns where it has to guess the format
+            try:
+                if pd.to_datetime(text.iloc[:1], **options).notna().all():      # do not parse a million words
+                    stamps = pd.to_datetime(column, **options)
+                    return stamps if pd.api.types.is_datetime64_any_dtype(stamps) else None
+            except (ValueError, TypeError):
+                pass                                        # not this way
+    return None
 
 
 def infer_kind(column):
@@ -355,8 +358,8 @@ class Table:
 
 
 def encode(table, kinds, schema):
-    """DataFrame -> the fields of Table from `numeric` to `kinds`. Takes the DataFrame apart column by column, so
-    that a big table is not held twice."""
+    """DataFrame -> the fields of Table from `numeric` to `kinds`. Takes the DataFrame apart column by column,
+    so that a big table is not held twice."""
     n_rows, n_numeric, n_categorical = len(table), len(schema.numeric), len(schema.categorical)
     numeric = np.zeros((n_rows, n_numeric), np.float32)
     categorical = np.zeros((n_rows, n_categorical), np.int32)
@@ -394,10 +397,10 @@ def split_counts(split, n, what, args):
 
 
 def split_rows(lengths, args):
-    """T, and the segments of Table. lengths: rows of each group, in row order; one entry if there are no groups.
+    """T, and the segments of Table. lengths: rows of each group, in row order; one entry without groups.
 
-    One sequence is split by time. As the ETTh1 protocol has it (Zhou 2021), a val or test window may begin up to
-    T rows before its part. Several groups are split by group, shuffled with a fixed seed.
+    One sequence is split by time. As the ETTh1 protocol has it (Zhou 2021), a val or test window may begin up
+    to T rows before its part. Several groups are split by group, shuffled with a fixed seed.
     """
     ends = np.cumsum(lengths)
     ranges = np.stack([ends - lengths, ends], axis=1)                           # (groups, 2)
@@ -453,13 +456,13 @@ def number(kind, low, high=float("inf"), inside=False):
 
 def add_arguments(parser, source):
     """The flags that say what the table is; shared by this file and both training scripts."""
-    add = parser.add_argument
+    add = parser.add_argument_group("data").add_argument
     add("--data", default=source, help=f".csv, .csv.gz or .parquet, or simulated: {', '.join(SIMULATIONS)}")
-    add("--read_csv", default="", metavar="OPTIONS", help='for pandas.read_csv, such as "sep=; decimal=,"')
+    add("--read_csv", metavar="OPTIONS", help='for pandas.read_csv, such as "sep=; decimal=,"')
     add("--split", type=number(float, 0), nargs=3, default=[0.7, 0.15, 0.15], metavar="PART",
         help="train, val, test: fractions, or counts of rows (with --group_col: of groups), in order of time")
-    add("--time_col", default="", help="the column to sort by (found where one reads as time stamps)")
-    add("--group_col", default="", help="its values are separate sequences; no window crosses over")
+    add("--time_col", help="the column to sort by (else the first one that reads as time stamps)")
+    add("--group_col", help="its values are separate sequences; no window crosses over")
     add("--numeric_cols", nargs="+", default=[], metavar="COL", help="columns to read as numbers")
     add("--categorical_cols", nargs="+", default=[], metavar="COL", help="columns to read as categories")
     add("--drop_cols", nargs="+", default=[], metavar="COL", help="columns to leave out")
@@ -517,7 +520,7 @@ def describe(table, args):
               + ", ".join(words[:6]) + f"), not seen in train: {int((ids == UNK_ID).sum())} rows")
     for name, kind in table.kinds.items():
         if kind not in ("numeric", "categorical"):
-            print(f"{kind:>11}   {name}" if len(kind) < 9 else f"    {name} is {kind}")
+            print(f"{kind.split(':')[0]:>11}   {name} {kind.partition(':')[2]}")
     for split, segments in table.segments.items():
         n_rows = int((segments[:, 1] - segments[:, 0]).sum())
         print(f"{split:>11}   {n_rows:,} rows, {len(segments)} sequence(s), "
@@ -525,8 +528,8 @@ def describe(table, args):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, usage="python data.py [--flag value ...]",
+                                     formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     add_arguments(parser, "sensors")
     args = parser.parse_args()
     describe(load_table(args), args)

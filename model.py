@@ -240,7 +240,7 @@ def sum_losses(guess, targets, unit, loss="mse"):
     """
     N = targets.numeric.shape[-1]
     measure = F.mse_loss if loss == "mse" else F.huber_loss
-    error = measure(guess.numeric / unit, targets.numeric / unit, reduction="none")                 # (B, T, N)
+    error = measure(guess.numeric / unit, targets.numeric / unit, reduction="none")       # (B, T, N)
     total = torch.where(targets.score[..., :N], error, 0.0).sum()
     entropy = total.new_zeros(())
     for k, logits in enumerate(guess.logits):
@@ -259,7 +259,7 @@ def print_shapes():
 
     table, batch = tiny_batch()
     N = len(table.schema.numeric)
-    model = TableTransformer(Config(N, table.schema.vocab_sizes(), 2 * len(table.schema.cycles), table.seq_len))
+    model = TableTransformer(Config(N, table.schema.vocab_sizes(), table.clock.shape[1], table.seq_len))
     for name, part in model.named_children():
         print(f"{name:<8}{sum(p.numel() for p in part.parameters()):>9,} parameters")
     known = batch.observed & ~create_masks(batch.observed, 0.4, step_generator(3))
@@ -331,8 +331,8 @@ def bench(repeats=9):
             took = seconds(step)
             # 6 operations a parameter and token, and attention's two T x T products, as nanoGPT counts them
             flops = B * T * (6 * sum(p.numel() for p in model.parameters()) + 12 * n_layer * D * T) / took
-            print(f"T {T:4d}, B {B:2d}, D {D:3d}, {str(dtype)[6:]:<8}  {took * 1e3:7.1f} ms a step, "
-                  f"{B * T * 7 / took:10,.0f} cells/s, {flops / 1e9:6.0f} GFLOP/s, {flops / peak:.2f} of matmul")
+            print(f"T {T:4d}, B {B:2d}, D {D:3d}, {str(dtype)[6:]:<8} {took * 1e3:7.1f} ms a step, "
+                  f"{B * T * 7 / took:9,.0f} cells/s, {flops / 1e9:6.0f} GFLOP/s, {flops / peak:.2f} of matmul")
 
 
 if __name__ == "__main__":
@@ -345,7 +345,7 @@ if __name__ == "__main__":
         bench()
     elif args.leaks:
         for causal in (False, True):
-            print("autoregressive:" if causal else "masked:", "a line an output row, # = it depends on this row")
+            print("causal:" if causal else "both ways:", "a line an output row, # = it depends on this row")
             for line in find_leaks(causal).tolist():
                 print("    " + " ".join("#" if depends else "." for depends in line))
     else:

@@ -372,7 +372,7 @@ def main(argv=None):
     table = load_table(args)
     schema, n_numeric = asdict(table.schema), len(table.schema.numeric)
     unit = pencil_error(table, args).to(device)                                 # (N,) of the numeric loss
-    config = Config(n_numeric, table.schema.vocab_sizes(), 2 * len(table.schema.cycles), table.seq_len,
+    config = Config(n_numeric, table.schema.vocab_sizes(), table.clock.shape[1], table.seq_len,
                     args.n_layer, args.n_head, args.n_embd, args.dropout, CAUSAL)
     torch.manual_seed(args.seed)
     try:
