@@ -164,7 +164,7 @@ def read_table(source, read_csv=None):
     if len(table) == 0:
         fail(f"{source}: the table has no rows")
     if table.shape[1] == 1 and set(table.columns[0]) & set(";\t|"):
-        fail(f"{source}: a single column, {table.columns[0][:30]!r}: is the separator another? --read_csv 'sep=;'")
+        fail(f"{source}: a single column, {table.columns[0][:30]!r}: is it the separator? --read_csv 'sep=;'")
     return table
 
 

@@ -740,9 +740,10 @@ def test_linear_interpolation_on_etth1_gives_the_published_numbers(tmp_path):
 
 
 @slow
-def test_two_processes_train_one_model(toy_csv, tmp_path):
+@pytest.mark.parametrize("flags", [[], ["--drop_cols", "sign"], ["--drop_cols", "wave", "mirror"]])
+def test_two_processes_train_one_model(flags, toy_csv, tmp_path):
     run = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-                          "train_mlm.py", "--data", toy_csv, *SMALL, "--out_dir", str(tmp_path)],
+                          "train_mlm.py", "--data", toy_csv, *SMALL, *flags, "--out_dir", str(tmp_path)],
                          cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stderr
     assert len(pd.read_csv(tmp_path / "log.csv")) == 4 and (tmp_path / "results.json").exists()

@@ -477,12 +477,13 @@ def main(argv=None):
             since, logged = now, step
             running.zero_()
 
+    if world > 1:
+        dist.barrier()                                          # leave together: who leaves alone may hang
+        dist.destroy_process_group()
     if rank == 0:
         log.close()
         facts = {"steps": step, "seconds": round(time.time() - began, 1), "n_params": n_params}
         conclude(raw, table, unit, args, device, autocast, history, facts)
-    if world > 1:
-        dist.destroy_process_group()
     return history
 
 
