@@ -393,7 +393,7 @@ def test_a_column_is_filled_from_the_other_columns():
     assert (gradient[0, known, 1] != 0).all()
 
 
-@pytest.mark.parametrize("flags", [[], ["--mask_share", "0.5", "--random_share", "0.25"]])
+@pytest.mark.parametrize("flags", [[], ["--mask_share", "0.8", "--random_share", "0.1"]])
 def test_the_truth_under_a_mask_reaches_no_output(flags):
     batch, net, args = random_batch(), random_model(), mlm_args(*flags)
     inputs, targets = train_mlm.objective(batch, args, step_generator(1), step=0)
@@ -502,7 +502,8 @@ def test_loss_and_gradients_are_finite(how, shape, dtype):
 
 def test_loss_is_the_mean_over_scored_cells():
     batch, net = random_batch(), random_model()
-    inputs, targets = train_mlm.objective(batch, mlm_args(), step_generator(1), step=5)
+    args = mlm_args("--mask_share", 0.8, "--random_share", 0.1)
+    inputs, targets = train_mlm.objective(batch, args, step_generator(1), step=5)
     guess = net(inputs)
     numeric, categorical = model.sum_losses(guess, targets, UNIT) / model.count_scored(targets)
     chosen = targets.score[..., :3]
@@ -613,7 +614,8 @@ def test_learning_rate_starts_above_zero_and_ends_at_the_floor():
 
 
 @pytest.mark.parametrize("flags", [
-    ["--mask_style", "span"], ["--mask_prob_start", "0.05"], ["--mask_spread", "0"], ["--mask_prob", "0.95"],
+    ["--mask_style", "span"], ["--mask_share", "0.8", "--random_share", "0.1"], ["--mask_prob_start", "0.05"],
+    ["--mask_spread", "0"], ["--mask_prob", "0.95"],
     ["--mask_prob", "0.6", "--mask_style", "span"], ["--score", "observed"], ["--dtype", "bfloat16"],
     ["--loss", "huber", "--grad_accum", "2", "--grad_clip", "0"],
     ["--dtype", "float16"], ["--scaler", "robust", "--seq_len", "1"], ["--drop_cols", "sign", "date"],

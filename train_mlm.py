@@ -52,8 +52,8 @@ def get_parser():
         help="each window draws its own rate, off --mask_prob by up to this share of the way to 0 or 1")
     add("--mask_style", choices=["cell", "span"], default="cell", help="hide single cells or runs of rows")
     add("--mask_span", type=number(float, 1), default=12.0, help="mean rows of a run, for --mask_style span")
-    add("--mask_share", type=share, default=0.8, help="share of the hidden cells shown as [MASK]")
-    add("--random_share", type=share, default=0.1, help="share shown as another value; the rest stay")
+    add("--mask_share", type=share, default=1.0, help="share of the hidden cells shown as [MASK] (BERT: 0.8)")
+    add("--random_share", type=share, default=0.0, help="share shown as another value (BERT: 0.1); the rest stay")
     add("--score", choices=["hidden", "observed"], default="hidden",
         help="cells in the training loss; observed is the identity-reconstruction mistake, as an experiment")
     add("--eval_mask_probs", type=rate, nargs="+", default=[0.125, 0.25, 0.375, 0.5],
