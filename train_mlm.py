@@ -53,7 +53,7 @@ def get_parser():
     add("--mask_style", choices=["cell", "span"], default="cell", help="hide single cells or runs of rows")
     add("--mask_span", type=number(float, 1), default=12.0, help="mean rows of a run, for --mask_style span")
     add("--mask_share", type=share, default=1.0, help="share of the hidden cells shown as [MASK] (BERT: 0.8)")
-    add("--random_share", type=share, default=0.0, help="share shown as another value (BERT: 0.1); rest stays")
+    add("--random_share", type=share, default=0.0, help="share shown as another value (BERT: 0.1)")
     add("--score", choices=["hidden", "observed"], default="hidden",
         help="cells in the training loss; observed is the identity-reconstruction mistake, as an experiment")
     add("--eval_mask_probs", type=rate, nargs="+", default=[0.125, 0.25, 0.375, 0.5],
