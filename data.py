@@ -182,7 +182,8 @@ def as_time(column):
             try:
                 if pd.to_datetime(text.iloc[:1], **options).notna().all():      # do not parse a million words
                     stamps = pd.to_datetime(column, **options)
-                    return stamps if pd.api.types.is_datetime64_any_dtype(stamps) else None
+                    if pd.api.types.is_datetime64_any_dtype(stamps):
+                        return stamps
             except (ValueError, TypeError):
                 pass                                        # not this way
     return None
