@@ -20,6 +20,7 @@ import pandas as pd
 import torch
 
 SENTINEL = 1e30                     # files write "no reading" as -1.18e42; nothing we measure is that big
+DATE = r"\d{4}-?\d\d-?\d\d|\d{1,2}[./-]\d{1,2}[./-]\d{2,4}"   # 2024-12-31, 31.12.2024, 12/31/24
 MAX_CATEGORIES = 1000               # a text column with more distinct values than this is an identifier
 CYCLES = 86_400, 365.25 * 86_400    # a day and a year, in seconds: the hands of the clock
 MASK_ID, UNK_ID = 0, 1              # reserved in every categorical column; its own values start at 2
@@ -62,10 +63,11 @@ def simulate_sensors(n_rows=40_000, seed=0):
     rng = np.random.default_rng(seed)
     t = np.arange(n_rows)
 
-    def noise(scale, tau=None):
-        """White noise, or with tau an AR(1) process of the same standard deviation."""
-        white = rng.standard_normal(n_rows)
-        return scale * (white if tau is None else lagged(white, tau) * np.sqrt(2 * tau + 1))
+    def noise(scale, tau=0.01):
+        """Noise of standard deviation `scale` that forgets itself over tau rows (an AR(1) process)."""
+        burn_in, decay = int(8 * tau), np.exp(-1 / tau)
+        white = rng.standard_normal(n_rows + burn_in)
+        return scale * np.sqrt((1 + decay) / (1 - decay)) * lagged(white, tau)[burn_in:]
 
     # a mode lasts five minutes on average, a set-point two; both jump, nothing else does
     modes = np.array(["idle", "production", "boost", "flush"])
@@ -148,19 +150,18 @@ def read_table(source, read_csv=None):
         key, _, value = option.partition("=")
         try:
             options[key] = ast.literal_eval(value)              # numbers, lists, None, True ...
-        except (ValueError, SyntaxError):
+        except Exception:
             options[key] = value                                # ... and everything else is text, such as ";"
     try:
         table = pd.read_parquet(source) if source.endswith(".parquet") else pd.read_csv(source, **options)
+        if table.index.name is not None or not isinstance(table.index, pd.RangeIndex):
+            table = table.reset_index()                         # where a parquet file keeps its dates
+        table.columns = [str(name) for name in table.columns]
     except FileNotFoundError:
         fail(f"{source}: no such file (--data takes a path or one of: {', '.join(SIMULATIONS)})")
-    except ImportError:
-        fail(f"{source}: pandas needs pyarrow to read parquet: pip install pyarrow, or save it as .csv")
-    except TypeError as e:
-        fail(f"--read_csv {read_csv!r}: {e}")
-    except (pd.errors.EmptyDataError, pd.errors.ParserError, ValueError, OSError) as e:
-        fail(f"{source}: pandas cannot read this table ({str(e).strip().splitlines()[0]})")
-    table.columns = table.columns.astype(str)
+    except Exception as e:      # foreign files and options raise anything: half a .gz, no pyarrow ...
+        why = (str(e).strip().splitlines() or [type(e).__name__])[0]
+        fail(f"{source}: pandas cannot read this table{f' with {read_csv!r}' if read_csv else ''} ({why})")
     if len(table) == 0:
         fail(f"{source}: the table has no rows")
     if table.shape[1] == 1 and set(table.columns[0]) & set(";\t|"):
@@ -174,9 +175,10 @@ def read_table(source, read_csv=None):
 def as_time(column):
     """The column as time stamps if every value that is there reads as one, else None."""
     text = column.dropna()
-    if pd.api.types.is_numeric_dtype(column) or not text.iloc[:1].astype(str).str.contains(r"\d").any():
-        return None                                         # "may" is a word, whatever pandas makes of it
-    for options in ({}, {"dayfirst": True}, {"utc": True}):         # 31.12.2024, and several time zones
+    # pandas takes "M3" and "may" for dates as well: we want to see one
+    if pd.api.types.is_numeric_dtype(column) or not text.iloc[:1].astype(str).str.contains(DATE).any():
+        return None
+    for options in ({}, {"dayfirst": True}, {"format": "ISO8601"}, {"utc": True}):      # last: several zones
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")                 # pandas warns where it has to guess the format
             try:
@@ -199,7 +201,7 @@ def infer_kind(column):
             return "numeric"
     if as_time(column) is not None:
         return "time"
-    if column.nunique() > MAX_CATEGORIES:
+    if column.astype(str).nunique() > MAX_CATEGORIES:
         return f"dropped: more than {MAX_CATEGORIES} distinct texts (--categorical_cols keeps it)"
     return "categorical"
 
@@ -222,9 +224,10 @@ def infer_kinds(table, args):
             kind = infer_kind(table[name])
             second = kind == "time" and "time" in kinds.values()
             kinds[name] = "dropped: a second time column" if second else kind
-        if kinds[name] == "time":
-            stamps = as_time(table[name])
-            table[name] = table[name] if stamps is None else stamps     # a number sorts rows, but is no clock
+        if kinds[name] == "time" and not pd.api.types.is_numeric_dtype(table[name]):    # numbers sort already
+            table[name] = as_time(table[name])
+            if table[name].isna().all():
+                fail(f"{args.data}: --time_col {name} does not read as time stamps, all in one format")
     if not {"numeric", "categorical"} & set(kinds.values()):
         fail(f"{args.data}: no usable column: it needs numbers or categories beside the time and the group")
     return {name: kinds[name] for name in table.columns}
@@ -234,6 +237,8 @@ def numbers(column):
     """A column as float64, NaN where it is missing, no number, infinite or a sentinel; and how many were the
     latter three. The test is made in float64: in float32 -1.18e42 is -inf already, and nobody could tell."""
     missing = column.isna().to_numpy()
+    if column.dtype.kind == "m":
+        column = column.dt.total_seconds()                  # a duration
     x = pd.to_numeric(column, errors="coerce").to_numpy(dtype=np.float64, na_value=np.nan, copy=True)
     x[~(np.abs(x) <= SENTINEL)] = np.nan                    # `not <=` catches nan, inf and sentinel in one go
     return x, int((np.isnan(x) & ~missing).sum())
@@ -297,7 +302,7 @@ def fit_schema(table, kinds, is_train, args):
         schema.center.append(center)
         schema.scale.append(scale)
     for name in schema.categorical:
-        counts = labels(table[name][is_train]).value_counts()
+        counts = labels(table[name])[is_train].value_counts()
         schema.vocabulary.append(sorted(counts.index.tolist(), key=lambda label: (-counts[label], label)))
     # a cycle that the train rows have not seen twice tells dates apart, not seasons, and is learnt by heart
     times = [table[name][is_train] for name in kinds if kinds[name] == "time"]
@@ -324,7 +329,7 @@ class Table:
     categorical: torch.Tensor   # (rows, K) int32
     observed: torch.Tensor      # (rows, F) bool
     clock: torch.Tensor         # (rows, C) float32
-    repaired: dict              # column -> values that were no number, infinite or a sentinel
+    facts: dict                 # numeric column -> [repaired, mean, std, min, max], before clipping
     kinds: dict                 # column of the file -> what it was taken for
     seq_len: int                # T
     segments: dict              # split -> (S, 2) int64, [start, end) rows of each sequence that may be read
@@ -365,10 +370,12 @@ def encode(table, kinds, schema):
     numeric = np.zeros((n_rows, n_numeric), np.float32)
     categorical = np.zeros((n_rows, n_categorical), np.int32)
     observed = np.zeros((n_rows, n_numeric + n_categorical), bool)
-    repaired = {}
+    facts = {}
     for j, name in enumerate(schema.numeric):
-        x, repaired[name] = numbers(table.pop(name))
+        x, repaired = numbers(table.pop(name))
         observed[:, j] = ~np.isnan(x)
+        seen = x[observed[:, j]] if observed[:, j].any() else np.full(1, np.nan)
+        facts[name] = [repaired, seen.mean(), seen.std(), seen.min(), seen.max()]
         x = np.clip((x - schema.center[j]) / schema.scale[j], -schema.clip, schema.clip)
         numeric[:, j] = np.where(observed[:, j], x, 0.0)    # all in float64 up to here, where it is cast
     for k, name in enumerate(schema.categorical):
@@ -379,7 +386,7 @@ def encode(table, kinds, schema):
     clock = np.zeros((n_rows, 0), np.float32)
     if schema.cycles:
         clock = make_clock(table[next(name for name in kinds if kinds[name] == "time")], schema.cycles)
-    return [*map(torch.from_numpy, (numeric, categorical, observed, clock)), repaired, kinds]
+    return [*map(torch.from_numpy, (numeric, categorical, observed, clock)), facts, kinds]
 
 
 def split_counts(split, n, what, args):
@@ -441,10 +448,11 @@ def load_table(args, table=None):
 def step_generator(*key):
     """A CPU generator seeded by a key such as (seed, step, rank). All that is random in a step comes from one
     of these, so no generator state is saved anywhere: resuming and several processes cannot disagree."""
+    key = len(key), *key                                    # or (0, 1) and (0, 1, 0) would be the same
     return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
 
 
-def number(kind, low, high=float("inf"), inside=False):
+def number(kind, low, high=2.0 ** 53, inside=False):
     """An argparse type: an int or a float from low to high (inside: without the ends)."""
     def parse(text):
         value = kind(text)
@@ -508,13 +516,10 @@ def describe(table, args):
     schema, rows = table.schema, len(table.observed)
     print(f"{args.data}: {rows:,} rows, {len(schema.cycles)} cycles of the clock")
     print("".join(f"{word:>11}" for word in ("missing", "repaired", "mean", "std", "min", "max")))
-    columns = schema.decode(table.numeric, table.categorical)
     for j, name in enumerate(schema.numeric):
-        here = table.observed[:, j]
-        x = columns[name][here.numpy()]
-        stats = [x.mean(), x.std(), x.min(), x.max()] if len(x) else [np.nan] * 4
-        print(f"{1 - here.double().mean():>11.2%}{table.repaired[name]:>11}"
-              + "".join(f"{value:>11.4g}" for value in stats) + f"   {name}")
+        repaired, *statistics = table.facts[name]
+        print(f"{1 - table.observed[:, j].double().mean():>11.2%}{repaired:>11}"
+              + "".join(f"{value:>11.4g}" for value in statistics) + f"   {name}")
     for k, name in enumerate(schema.categorical):
         ids, words = table.categorical[:, k], schema.vocabulary[k]
         print(f"{(ids == MASK_ID).double().mean():>11.2%}   {name}: {len(words)} categories ("

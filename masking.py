@@ -73,7 +73,7 @@ def create_masks(observed, mask_prob, generator, style="cell", span=12):
     # `enter` hidden, above `stay` not hidden, and in between the cell does as the cell before it.
     mask_prob = torch.as_tensor(mask_prob)
     enter, stay = mask_prob / (1 - mask_prob) / span, 1 - 1 / span
-    if (enter > stay).any():
+    if (enter > stay + 1e-6).any():
         raise ValueError(f"runs of {span} rows cannot hide {float(mask_prob.max()):.0%} of the cells")
     first = torch.arange(observed.shape[1])[None, :, None] == 0                 # no cell stands before row 0
     hidden = u < torch.where(first, mask_prob, enter)
@@ -108,12 +108,14 @@ def bert_style_masking(numeric, categorical, observed, hidden, generator, mask_s
     pick = (end - count)[column] + (v * count[column]).long()
     lender = donor_row[torch.minimum(pick, end[column] - 1)]                    # v * count may round up
 
-    numeric, categorical = numeric.clone(), categorical.masked_fill(masked[..., n_numeric:], 0)
-    for values, here, j in ((numeric, column < n_numeric, column),
-                            (categorical, column >= n_numeric, column - n_numeric)):
-        values = values.flatten(0, 1)                                           # (B*T, N or K), a view
-        values[row[here], j[here]] = values[lender[here], j[here]]
-    return numeric, categorical, observed & ~masked
+    def lend(values, here, j):
+        lent = values.flatten(0, 1).clone()                                     # (B*T, N or K)
+        lent[row[here], j[here]] = lent[lender[here], j[here]]
+        return lent.view(values.shape)
+
+    numeric = lend(numeric, column < n_numeric, column)
+    categorical = lend(categorical, column >= n_numeric, column - n_numeric)
+    return numeric, categorical.masked_fill(masked[..., n_numeric:], 0), observed & ~masked
 
 
 def get_mask_probability(step, total_steps, start, end):
@@ -189,9 +191,10 @@ def create_attention_mask(valid, causal):
     The diagonal is always allowed, so no softmax is empty. Rows full of [MASK] stay attendable: they still
     have a clock, a place, and what is pencilled in.
     """
-    everyone = torch.ones(1, 1, *2 * valid.shape[1:], dtype=torch.bool, device=valid.device)    # (1, 1, T, T)
-    attend = padding_mask(valid) & (causal_mask(valid.shape[1], valid.device) if causal else everyone)
-    return attend | torch.eye(valid.shape[1], dtype=torch.bool, device=valid.device)            # (B, 1, T, T)
+    T, attend = valid.shape[1], padding_mask(valid)                             # (B, 1, 1, T)
+    if causal:
+        attend = attend & causal_mask(T, valid.device)                          # (B, 1, T, T)
+    return attend | torch.eye(T, dtype=torch.bool, device=valid.device)
 
 
 if __name__ == "__main__":

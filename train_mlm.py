@@ -94,7 +94,8 @@ def check(args):
     """What no flag can know alone."""
     if args.mask_share + args.random_share > 1:
         fail(f"--mask_share {args.mask_share} and --random_share {args.random_share} exceed 1 together")
-    highest = args.mask_prob + args.mask_spread * min(args.mask_prob, 1 - args.mask_prob)
+    rate = max(args.mask_prob, args.mask_prob_start or 0.0)
+    highest = rate + args.mask_spread * min(rate, 1 - rate)
     if args.mask_style == "span" and highest > 1 - 1 / args.mask_span:
         fail(f"--mask_span {args.mask_span:g} is too short to hide {highest:.0%} of the cells, "
              "which --mask_prob and --mask_spread ask for")
@@ -185,7 +186,7 @@ def demonstrate(guess, table, args, plt):
                 ("pencilled in (linear)", pencilled, hidden, dict(marker="x", color="#E69F00", ms=5)),
                 ("model", filled, hidden, dict(marker=".", color="#0072B2", ms=6))):
             axis.plot(rows[here[:, j]], values[name][here[:, j]], ls="", label=label, **look)
-        axis.set_ylabel(name)
+        axis.set_ylabel(name.replace("$", r"\$"))                               # no TeX in column names
     axes[0, 0].legend(ncols=4, loc="lower left", bbox_to_anchor=(0, 1), frameon=False)
     axes[-1, 0].set_xlabel("row of the window")
     return {"window.png": figure}
@@ -199,7 +200,7 @@ LOG = ("step", "train", "numeric", "categorical", "val", "lr", "norm", "cells_pe
 
 def move(tensors, device):
     """Inputs or Targets -> the same on the device."""
-    return type(tensors)(*(t if t is None else t.to(device, non_blocking=True) for t in tensors))
+    return type(tensors)(*(t if t is None else t.to(device) for t in tensors))
 
 
 def pencil_error(table, args):
@@ -239,8 +240,8 @@ def evaluate(model, table, split, stride, unit, args, device, autocast):
             sums, counts = sums + sum_losses(guess, targets, unit, args.loss), counts + count_scored(targets)
             ids = [logits.argmax(-1) + 2 for logits in guess.logits]                        # K of (B, T)
             ids = torch.stack(ids, -1) if K else targets.categorical                        # (B, T, K)
-            for name, (numbers, labels) in {"model": (guess.numeric, ids), **baselines(inputs)}.items():
-                error = torch.cat([numbers - targets.numeric, labels != targets.categorical], -1)
+            for name, (numeric, ids) in {"model": (guess.numeric, ids), **baselines(inputs)}.items():
+                error = torch.cat([numeric - targets.numeric, ids != targets.categorical], -1)
                 error = torch.where(targets.score, error, 0.0).cpu().double()               # (B, T, F)
                 total = errors.setdefault(name, torch.zeros(2, *cells.shape, dtype=torch.float64))
                 total[:, i] += torch.stack([error.abs().sum((0, 1)), error.square().sum((0, 1))])
@@ -266,14 +267,25 @@ def save(path, state):
     os.replace(path + ".tmp", path)
 
 
+def write_log(history, args):
+    """log.csv, a row a log step; `val` is the latest evaluation at or before it."""
+    with open(os.path.join(args.out_dir, "log.csv"), "w", newline="") as file:
+        writer = csv.DictWriter(file, LOG)
+        writer.writeheader()
+        writer.writerows(history)
+
+
 def load_checkpoint(path):
     """Only tensors and plain Python are read (weights_only), so a checkpoint cannot run code."""
     if not os.path.exists(path):
         fail(f"{path}: no such checkpoint; --resume goes on from an earlier run with the same --out_dir")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as e:      # half a file and a foreign one raise half a dozen kinds of error
-        fail(f"{path}: cannot be read as a checkpoint ({type(e).__name__})")
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        if {"model", "optimizer", "scaler", "step", "best", "history", "args", "schema"} <= set(checkpoint):
+            return checkpoint
+    except Exception:           # half a file and a foreign one raise half a dozen kinds of error
+        pass
+    fail(f"{path}: cannot be read as a checkpoint of {SCRIPT}.py")
 
 
 def parse(argv):
@@ -282,12 +294,12 @@ def parse(argv):
     args, checkpoint = parser.parse_args(argv), None
     if args.resume:
         checkpoint = load_checkpoint(os.path.join(args.out_dir, "last.pt"))
-        was = checkpoint["args"]
+        was = {name: value for name, value in checkpoint["args"].items() if name not in ("resume", "out_dir")}
         parser.set_defaults(**was)
         args = parser.parse_args(argv)
-        for name in sorted(set(was) - {"resume", "out_dir"}):
-            if getattr(args, name) != was[name]:
-                print(f"--{name} {getattr(args, name)} overrides {was[name]} of the checkpoint")
+        for name, value in was.items():
+            if getattr(args, name) != value:
+                print(f"--{name} {getattr(args, name)} overrides {value} of the checkpoint")
     check(args)
     return args, checkpoint
 
@@ -298,10 +310,14 @@ def pick_device(args, world):
     if name == "cuda" and world > 1:
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
-        device = torch.zeros(1, device=name).device
+        device = torch.device(name)
+        torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as e:
         fail(f"--device {args.device} cannot be used here ({str(e).splitlines()[0]})")
-    best = "float32" if device.type != "cuda" else "bfloat16" if torch.cuda.is_bf16_supported() else "float16"
+    best = "float32"
+    if device.type == "cuda":
+        torch.cuda.set_device(device)                   # where NCCL works, too
+        best = "bfloat16" if torch.cuda.get_device_capability(device) >= (8, 0) else "float16"
     return device, best if args.dtype == "auto" else args.dtype
 
 
@@ -310,12 +326,14 @@ def restore(checkpoint, model, optimizer, scaler, schema, args):
     path = os.path.join(args.out_dir, "last.pt")
     if checkpoint["schema"] != schema:
         fail(f"{path} was trained on another table than {args.data}: columns, scales or categories differ")
-    try:
-        model.load_state_dict(checkpoint["model"])
-    except RuntimeError:
-        fail(f"{path} holds a model of another shape: leave --n_layer, --n_head and --n_embd as they were")
-    optimizer.load_state_dict(checkpoint["optimizer"])
-    scaler.load_state_dict(checkpoint["scaler"])
+    for name in ("n_layer", "n_head", "n_embd"):
+        if getattr(args, name) != checkpoint["args"][name]:
+            fail(f"{path} holds a model of another shape: --{name} must stay {checkpoint['args'][name]}")
+    model.load_state_dict(checkpoint["model"])
+    # what Adam remembers comes from the checkpoint, its settings from the flags
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": checkpoint["optimizer"]["state"]})
+    if checkpoint["scaler"]:                            # empty unless float16 was used
+        scaler.load_state_dict(checkpoint["scaler"])
 
 
 def conclude(model, table, unit, args, device, autocast, history, facts):
@@ -337,7 +355,7 @@ def conclude(model, table, unit, args, device, autocast, history, facts):
             name += " (share wrong)" if j >= len(schema.numeric) else ""
             print(f"{name:<32}" + "".join(f"{value:>11.4g}" for value in means))
     if beyond:
-        print(f"{beyond} cells beyond --clip {schema.clip:g} were scored for nobody")
+        print(f"beyond --clip {schema.clip:g} and so scored for nobody, over all windows and rates: {beyond}")
 
     try:
         import matplotlib
@@ -356,7 +374,8 @@ def conclude(model, table, unit, args, device, autocast, history, facts):
     def guess(inputs):
         return model.eval()(move(inputs, device)).numeric.cpu()
 
-    for name, figure in {"loss.png": figure, **demonstrate(guess, table, args, plt)}.items():
+    figures = {"loss.png": figure, **demonstrate(guess, table, args, plt)}
+    for name, figure in figures.items():
         figure.savefig(os.path.join(args.out_dir, name), dpi=120, bbox_inches="tight")
         plt.close(figure)
         print(f"wrote {os.path.join(args.out_dir, name)}")
@@ -395,17 +414,14 @@ def main(argv=None):
     if rank == 0:
         try:
             os.makedirs(args.out_dir, exist_ok=True)
-            log = open(os.path.join(args.out_dir, "log.csv"), "w", newline="")
+            write_log(history, args)                    # on --resume: cut back to the checkpoint
         except OSError as e:
             fail(f"--out_dir {args.out_dir} cannot be written ({e.strerror})")
-        writer = csv.DictWriter(log, LOG)
-        writer.writeheader()
-        writer.writerows(history)                       # on --resume: the log up to the checkpoint
         print(f"{args.data}: {len(table.observed):,} rows, {n_numeric} numeric and "
               f"{len(schema['categorical'])} categorical columns, windows of {table.seq_len} rows\n"
               f"{n_params:,} parameters on {device} in {dtype}, from step {step} to {args.max_steps}")
 
-    began = since = time.time()
+    began = since = time.perf_counter()
     first = logged = step
     running = torch.zeros(2, device=device)             # losses since the last log line; stay on the device
     while True:
@@ -414,6 +430,8 @@ def main(argv=None):
             losses, errors, cells, _ = evaluate(raw, table, "val", table.seq_len, unit, args, device,
                                                 autocast)
             val = float(losses.sum())
+            if history and history[-1]["step"] == step:
+                history[-1]["val"] = val
             mse = {m: float((e[1, :, :n_numeric].sum(1) / cells[:, :n_numeric].sum(1).clamp(min=1)).mean())
                    for m, e in errors.items()}
             print(f"step {step:5d} | val loss {val:.4f}, numeric {losses[0]:.4f}, categorical {losses[1]:.4f}"
@@ -425,6 +443,7 @@ def main(argv=None):
                 best = val
                 save(os.path.join(args.out_dir, "best.pt"), state)
             save(os.path.join(args.out_dir, "last.pt"), state)
+            write_log(history, args)
         if step >= args.max_steps:
             break
 
@@ -458,10 +477,10 @@ def main(argv=None):
         step += 1
 
         # log
-        if step % args.log_every == 0 or step == first + 1 or step == args.max_steps:
+        if step % args.log_every == 0 or step in (1, args.max_steps):
             if world > 1:
                 dist.all_reduce(running)
-            now, n = time.time(), step - logged
+            now, n = time.perf_counter(), step - logged
             numeric, categorical = (running / n).tolist()
             n_cells = n * world * args.grad_accum * args.batch_size * table.seq_len * table.observed.shape[1]
             minutes = (args.max_steps - step) * (now - began) / (step - first) / 60
@@ -472,8 +491,6 @@ def main(argv=None):
                 print(f"step {step:5d} | loss {row['train']:.4f}, numeric {numeric:.4f}, categorical "
                       f"{categorical:.4f} | lr {row['lr']:.1e}, norm {norm:.2f}, {row['cells_per_s']:,.0f} "
                       f"cells/s, {minutes:.1f} min left", flush=True)
-                writer.writerow(row)
-                log.flush()
             since, logged = now, step
             running.zero_()
 
@@ -481,8 +498,7 @@ def main(argv=None):
         dist.barrier()                                          # leave together: who leaves alone may hang
         dist.destroy_process_group()
     if rank == 0:
-        log.close()
-        facts = {"steps": step, "seconds": round(time.time() - began, 1), "n_params": n_params}
+        facts = {"steps": step, "seconds": round(time.perf_counter() - began, 1), "n_params": n_params}
         conclude(raw, table, unit, args, device, autocast, history, facts)
     return history
 
