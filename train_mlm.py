@@ -119,13 +119,15 @@ def objective(batch, args, generator, step=None, case=None):
         u = 2 * torch.rand(len(batch.valid), 1, 1, generator=generator) - 1     # each window has its own rate
         rate = rate + u * args.mask_spread * min(rate, 1 - rate)                # (B, 1, 1)
         style, mask_share = args.mask_style, args.mask_share
-    answerable = scorable(batch.observed, batch.categorical)
+    answerable = scorable(batch.observed, batch.categorical)                    # has a right answer
     hidden = create_masks(answerable, rate, generator, style, args.mask_span)
     numeric, categorical, shown = bert_style_masking(batch.numeric, batch.categorical, batch.observed, hidden,
                                                      generator, mask_share, args.random_share)
+    # guesses and statistics come from known cells alone: a random or kept cell is shown, but not known
     known = batch.observed & ~hidden
     pencil = pencil_in(batch.numeric, known[..., :N], CAUSAL)
     pencil_ids = pencil_category(batch.categorical, known[..., N:], CAUSAL)
+    # no mask at all where there is no padding, so that the fastest kernel can run
     attend = None if batch.valid.all() else create_attention_mask(batch.valid, CAUSAL)
     score = answerable if args.score == "observed" and case is None else hidden
     return (Inputs(numeric, categorical, shown, known, pencil, pencil_ids, batch.clock, attend),
@@ -133,7 +135,7 @@ def objective(batch, args, generator, step=None, case=None):
 
 
 def eval_cases(args):
-    return args.eval_mask_probs
+    return args.eval_mask_probs                     # the same rates all through a run, whatever training does
 
 
 def baselines(inputs):
@@ -152,8 +154,8 @@ def report(errors, cells, table, args):
         sums, counts = sums[:, columns].sum(1).tolist(), cells[:, columns].sum(1).tolist()
         return [s / c if c else None for s, c in zip(sums, counts)]             # one a rate
     N, results = len(table.schema.numeric), {}
-    for name, (absolute, square) in errors.items():
-        wrong = mean(square, slice(N, None))
+    for name, (absolute, square) in errors.items():                             # (rates, F) each
+        wrong = mean(square, slice(N, None))                                    # a wrong category counts 1
         results[name] = {"mse": mean(square, slice(N)), "mae": mean(absolute, slice(N)),
                          "accuracy": [None if w is None else 1 - w for w in wrong]}
     for measure, title in (("mse", "mean squared error, scaled"), ("accuracy", "accuracy of categories")):
@@ -168,7 +170,7 @@ def report(errors, cells, table, args):
 def demonstrate(guess, table, args, plt):
     """A picture of one test window, of the columns that move most in it."""
     windows = table.starts("test", table.seq_len)
-    batch = table.batch(windows[len(windows) // 2][None])
+    batch = table.batch(windows[len(windows) // 2][None])                       # from the middle of the split
     inputs, targets = objective(batch, args, step_generator(0), case=0.3)
     N, hidden, seen = len(table.schema.numeric), targets.score[0], inputs.known[0].numpy()
     spread = window_scale(batch.numeric, batch.observed[..., :N])[1][0, 0] * hidden[:, :N].any(dim=0)
@@ -225,7 +227,7 @@ def evaluate(model, table, split, stride, unit, args, device, autocast):
     sums of absolute and of squared errors in scaled units, a wrong category counting 1; cells (cases, F), how
     many were scored; and how many lay beyond the clip and so were scored for nobody.
     """
-    model.eval()
+    model.eval()                                    # no dropout
     cases, K, beyond, errors = eval_cases(args), len(table.schema.categorical), 0, {}
     losses, cells = torch.zeros(2), torch.zeros(len(cases), table.observed.shape[1], dtype=torch.float64)
     for i, case in enumerate(cases):
@@ -233,6 +235,7 @@ def evaluate(model, table, split, stride, unit, args, device, autocast):
         for windows in table.starts(split, stride).split(EVAL_BATCH):
             inputs, targets = objective(table.batch(windows), args, generator, case=case)
             inputs, targets = move(inputs, device), move(targets, device)
+            # what was clipped is not the truth any more
             outside = targets.score & F.pad(targets.numeric.abs() >= table.schema.clip, (0, K))
             targets = targets._replace(score=targets.score & ~outside)
             with autocast:
@@ -243,6 +246,7 @@ def evaluate(model, table, split, stride, unit, args, device, autocast):
             for name, (numeric, ids) in {"model": (guess.numeric, ids), **baselines(inputs)}.items():
                 error = torch.cat([numeric - targets.numeric, ids != targets.categorical], -1)
                 error = torch.where(targets.score, error, 0.0).cpu().double()               # (B, T, F)
+                # sums, not means of batches: the last batch is smaller, and columns differ in holes
                 total = errors.setdefault(name, torch.zeros(2, *cells.shape, dtype=torch.float64))
                 total[:, i] += torch.stack([error.abs().sum((0, 1)), error.square().sum((0, 1))])
             cells[i] += targets.score.sum((0, 1)).cpu()
@@ -257,7 +261,7 @@ def learning_rate(step, args):
     if step < args.warmup_steps:
         return args.lr * (step + 1) / args.warmup_steps
     done = (step - args.warmup_steps) / max(1, args.max_steps - 1 - args.warmup_steps)
-    low = min(args.min_lr, args.lr)
+    low = min(args.min_lr, args.lr)                 # --lr 1e-5 is not meant to rise to --min_lr
     return low + (args.lr - low) * (1 + math.cos(math.pi * min(done, 1.0))) / 2
 
 
@@ -295,7 +299,7 @@ def parse(argv):
     if args.resume:
         checkpoint = load_checkpoint(os.path.join(args.out_dir, "last.pt"))
         was = {name: value for name, value in checkpoint["args"].items() if name not in ("resume", "out_dir")}
-        parser.set_defaults(**was)
+        parser.set_defaults(**was)                      # a flag given now still wins
         args = parser.parse_args(argv)
         for name, value in was.items():
             if getattr(args, name) != value:
@@ -307,11 +311,11 @@ def parse(argv):
 def pick_device(args, world):
     """Returns the device, and the name of autocast's dtype."""
     name = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
-    if name == "cuda" and world > 1:
+    if name == "cuda" and world > 1:                    # each process of torchrun has a GPU of its own
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         device = torch.device(name)
-        torch.zeros(1, device=device).item()
+        torch.zeros(1, device=device).item()            # asking is the only way to know
     except (RuntimeError, AssertionError) as e:
         fail(f"--device {args.device} cannot be used here ({str(e).splitlines()[0]})")
     best = "float32"
@@ -393,7 +397,7 @@ def main(argv=None):
     unit = pencil_error(table, args).to(device)                                 # (N,) of the numeric loss
     config = Config(n_numeric, table.schema.vocab_sizes(), table.clock.shape[1], table.seq_len,
                     args.n_layer, args.n_head, args.n_embd, args.dropout, CAUSAL)
-    torch.manual_seed(args.seed)
+    torch.manual_seed(args.seed)                        # the weights; the same on all ranks
     try:
         raw = TableTransformer(config).to(device)
     except ValueError as e:
@@ -406,6 +410,8 @@ def main(argv=None):
     if checkpoint:
         restore(checkpoint, raw, optimizer, scaler, schema, args)
         step, best, history = checkpoint["step"], checkpoint["best"], checkpoint["history"]
+        val = history[-1]["val"] if history else val
+    # `model` may be wrapped for speed; `raw` owns the weights and is what is evaluated and saved
     model = torch.compile(raw) if args.compile else raw
     if world > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
@@ -431,7 +437,7 @@ def main(argv=None):
                                                 autocast)
             val = float(losses.sum())
             if history and history[-1]["step"] == step:
-                history[-1]["val"] = val
+                history[-1]["val"] = val                        # the row was logged before we knew
             mse = {m: float((e[1, :, :n_numeric].sum(1) / cells[:, :n_numeric].sum(1).clamp(min=1)).mean())
                    for m, e in errors.items()}
             print(f"step {step:5d} | val loss {val:.4f}, numeric {losses[0]:.4f}, categorical {losses[1]:.4f}"
@@ -439,7 +445,7 @@ def main(argv=None):
             state = {"model": raw.state_dict(), "optimizer": optimizer.state_dict(),
                      "scaler": scaler.state_dict(), "step": step, "best": min(best, val), "history": history,
                      "args": vars(args), "schema": schema}
-            if val < best:
+            if val < best:                                      # never true of a NaN
                 best = val
                 save(os.path.join(args.out_dir, "best.pt"), state)
             save(os.path.join(args.out_dir, "last.pt"), state)
@@ -473,15 +479,15 @@ def main(argv=None):
             raise SystemExit(1)
         scaler.step(optimizer)                                  # float16: leaves a non-finite step out ...
         scaler.update()                                         # ... and halves the scale
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad(set_to_none=True)                   # frees the memory as well
         step += 1
 
         # log
         if step % args.log_every == 0 or step in (1, args.max_steps):
             if world > 1:
-                dist.all_reduce(running)
+                dist.all_reduce(running)                        # each rank holds its share of the mean
             now, n = time.perf_counter(), step - logged
-            numeric, categorical = (running / n).tolist()
+            numeric, categorical = (running / n).tolist()       # the mean over the steps since then
             n_cells = n * world * args.grad_accum * args.batch_size * table.seq_len * table.observed.shape[1]
             minutes = (args.max_steps - step) * (now - began) / (step - first) / 60
             row = dict(zip(LOG, (step, numeric + categorical, numeric, categorical, val, group["lr"], norm,
