@@ -134,6 +134,20 @@ def objective(batch, args, generator, step=None, case=None):
             Targets(batch.numeric, batch.categorical, score))
 
 
+def pencil_error(table, args):
+    """(N,) root mean squared error of what is pencilled in, on some train windows: the numeric loss's unit.
+
+    So that loss starts near 1, says what share of the baseline's squared error is left, and a calm column
+    weighs as much as a wild one. The floor is for constant columns, where there is no error to divide by.
+    """
+    N, generator = len(table.schema.numeric), step_generator(0)
+    batch = table.batch(table.sample("train", max(16, 24_576 // table.seq_len), generator))
+    inputs, targets = objective(batch, args, generator, step=args.max_steps)
+    guessed = (targets.score & ~inputs.known)[..., :N]                      # what is known has no error
+    square = torch.where(guessed, inputs.pencil - targets.numeric, 0.0).square().sum((0, 1))
+    return (square / guessed.sum((0, 1)).clamp(min=1)).sqrt().clamp(min=0.01)
+
+
 def eval_cases(args):
     return args.eval_mask_probs                     # the same rates all through a run, whatever training does
 
@@ -196,27 +210,13 @@ def demonstrate(guess, table, args, plt):
 
 # ---- from here to the end train_mlm.py and train_ar.py are the same, line for line ----
 
-EVAL_BATCH = 32         # fixed, so that the masks of an evaluation do not depend on --batch_size
+EVAL_ROWS = 3072        # in an evaluation batch; fixed, so that its masks do not depend on --batch_size
 LOG = ("step", "train", "numeric", "categorical", "val", "lr", "norm", "cells_per_s")
 
 
 def move(tensors, device):
     """Inputs or Targets -> the same on the device."""
     return type(tensors)(*(t if t is None else t.to(device) for t in tensors))
-
-
-def pencil_error(table, args):
-    """(N,) root mean squared error of what is pencilled in, on 256 train windows: the numeric loss's unit.
-
-    So that loss starts near 1, says what share of the baseline's squared error is left, and a calm column
-    weighs as much as a wild one. The floor is for constant columns, where there is no error to divide by.
-    """
-    N, generator = len(table.schema.numeric), step_generator(0)
-    batch = table.batch(table.sample("train", 256, generator))
-    inputs, targets = objective(batch, args, generator, step=args.max_steps)
-    score = targets.score[..., :N]
-    square = torch.where(score, inputs.pencil - targets.numeric, 0.0).square().sum((0, 1))
-    return (square / score.sum((0, 1)).clamp(min=1)).sqrt().clamp(min=0.01)
 
 
 @torch.no_grad()
@@ -232,7 +232,7 @@ def evaluate(model, table, split, stride, unit, args, device, autocast):
     losses, cells = torch.zeros(2), torch.zeros(len(cases), table.observed.shape[1], dtype=torch.float64)
     for i, case in enumerate(cases):
         generator, sums, counts = step_generator(0, i), 0.0, 0.0
-        for windows in table.starts(split, stride).split(EVAL_BATCH):
+        for windows in table.starts(split, stride).split(max(1, EVAL_ROWS // table.seq_len)):
             inputs, targets = objective(table.batch(windows), args, generator, case=case)
             inputs, targets = move(inputs, device), move(targets, device)
             # what was clipped is not the truth any more
