@@ -792,8 +792,8 @@ def test_two_million_rows_fit(tmp_path):
     pd.DataFrame(big).to_csv(tmp_path / "big.csv", index=False)
     code = ("import resource, sys, train_mlm; train_mlm.main(sys.argv[1:]); "
             "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)")
-    run = subprocess.run([sys.executable, "-c", code, "--data", str(tmp_path / "big.csv"), "--seq_len", "1024",
-                          "--batch_size", "14", "--max_steps", "2", "--split", "1990000", "5000", "5000",
+    flags = ["--seq_len", "1024", "--batch_size", "14", "--max_steps", "2", "--split", "1990000", "5000", "5000"]
+    run = subprocess.run([sys.executable, "-c", code, "--data", str(tmp_path / "big.csv"), *flags,
                           "--out_dir", str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     assert int(run.stdout.split()[-1]) < 3 * 2_000_000 * 30 * 4 + 2 ** 30
