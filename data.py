@@ -12,7 +12,7 @@ import argparse
 import ast
 import sys
 import warnings
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np

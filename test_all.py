@@ -8,8 +8,6 @@ Every promise of this repository, executable.
 Where a test guards against a well-known mistake it runs the mistake too, and shows that it fails.
 """
 import argparse
-import contextlib
-import io
 import json
 import math
 import os
@@ -30,7 +28,7 @@ import masking
 import model
 import train_mlm
 from data import Batch, load_table, step_generator
-from masking import Inputs, Targets, create_masks, pencil_in
+from masking import Inputs, create_masks, pencil_in
 
 UNIT = torch.tensor([0.5, 1.0, 2.0])
 ROOT = Path(__file__).parent
@@ -792,7 +790,7 @@ def test_two_million_rows_fit(tmp_path):
     pd.DataFrame(big).to_csv(tmp_path / "big.csv", index=False)
     code = ("import resource, sys, train_mlm; train_mlm.main(sys.argv[1:]); "
             "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)")
-    flags = ["--seq_len", "1024", "--batch_size", "14", "--max_steps", "2", "--split", "1990000", "5000", "5000"]
+    flags = "--seq_len 1024 --batch_size 14 --max_steps 2 --split 1990000 5000 5000".split()
     run = subprocess.run([sys.executable, "-c", code, "--data", str(tmp_path / "big.csv"), *flags,
                           "--out_dir", str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
