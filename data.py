@@ -22,7 +22,7 @@ import torch
 SENTINEL = 1e30                     # files write "no reading" as -1.18e42; nothing we measure is that big
 DATE = r"\d{4}-?\d\d-?\d\d|\d{1,2}[./-]\d{1,2}[./-]\d{2,4}"   # 2024-12-31, 31.12.2024, 12/31/24
 MAX_CATEGORIES = 1000               # a text column with more distinct values than this is an identifier
-CYCLES = 86_400, 365.25 * 86_400    # a day and a year, in seconds: the hands of the clock
+CYCLES = {"day": 86_400, "year": 365.25 * 86_400}      # in seconds: the hands of the clock
 MASK_ID, UNK_ID = 0, 1              # reserved in every categorical column; its own values start at 2
 
 
@@ -154,8 +154,9 @@ def read_table(source, read_csv=None):
             options[key] = value                                # ... and everything else is text, such as ";"
     try:
         table = pd.read_parquet(source) if source.endswith(".parquet") else pd.read_csv(source, **options)
-        if table.index.name is not None or not isinstance(table.index, pd.RangeIndex):
-            table = table.reset_index()                         # where a parquet file keeps its dates
+        plain = table.index.name is None and isinstance(table.index, pd.RangeIndex)
+        ragged = not plain and not options and not source.endswith(".parquet")     # more fields than names
+        table = table if plain else table.reset_index()         # where a parquet file keeps its dates
         table.columns = [str(name) for name in table.columns]
     except FileNotFoundError:
         fail(f"{source}: no such file (--data takes a path or one of: {', '.join(SIMULATIONS)})")
@@ -164,8 +165,13 @@ def read_table(source, read_csv=None):
         fail(f"{source}: pandas cannot read this table{f' with {read_csv!r}' if read_csv else ''} ({why})")
     if len(table) == 0:
         fail(f"{source}: the table has no rows")
-    if table.shape[1] == 1 and set(table.columns[0]) & set(";\t|"):
-        fail(f"{source}: a single column, {table.columns[0][:30]!r}: is it the separator? --read_csv 'sep=;'")
+    if ragged or table.shape[1] == 1 and set(table.columns[0]) & set(";\t|"):
+        fail(f"{source}: the columns come out wrong: is the separator another one? --read_csv 'sep=;'")
+    for name in table.columns if options.get("decimal", ".") != "." else []:
+        if pd.api.types.infer_dtype(table[name], skipna=True) == "string":     # a word among its numbers kept
+            dotted = table[name].str.replace(options["decimal"], ".")           # pandas from reading them
+            if pd.to_numeric(dotted, errors="coerce").notna().sum() >= 0.9 * dotted.notna().sum():
+                table[name] = dotted
     return table
 
 
@@ -224,6 +230,8 @@ def infer_kinds(table, args):
             kind = infer_kind(table[name])
             second = kind == "time" and "time" in kinds.values()
             kinds[name] = "dropped: a second time column" if second else kind
+        if name in args.numeric_cols and np.isnan(numbers(table[name])[0]).all():
+            fail(f"{args.data}: no value of column {name!r} reads as a number")
         if kinds[name] == "time" and not pd.api.types.is_numeric_dtype(table[name]):    # numbers sort already
             table[name] = as_time(table[name])
             if table[name].isna().all():
@@ -260,7 +268,7 @@ class Schema:
     center: list                # N, in original units
     scale: list                 # N, in original units, never 0
     vocabulary: list            # K lists of labels, the commonest first; label i has id i + 2
-    cycles: list                # C / 2 periods of the clock, in seconds
+    cycles: list                # C / 2 names out of CYCLES
     clip: float                 # scaled values are clipped to +-clip
 
     def vocab_sizes(self):
@@ -307,14 +315,15 @@ def fit_schema(table, kinds, is_train, args):
     # a cycle that the train rows have not seen twice tells dates apart, not seasons, and is learnt by heart
     times = [table[name][is_train] for name in kinds if kinds[name] == "time"]
     spans = [(t.max() - t.min()).total_seconds() for t in times if pd.api.types.is_datetime64_any_dtype(t)]
-    schema.cycles = [cycle for cycle in CYCLES for span in spans if span >= 2 * cycle]
+    schema.cycles = [cycle for cycle in CYCLES for span in spans if span >= 2 * CYCLES[cycle]]
     return schema
 
 
 def make_clock(stamps, cycles):
-    """(rows,) time stamps -> (rows, 2 * cycles) float32: sin and cos of the place in each cycle (seconds)."""
+    """(rows,) time stamps -> (rows, 2 * cycles) float32: sin and cos of the place in each cycle."""
+    periods = np.array([CYCLES[cycle] for cycle in cycles])
     midnight = pd.Timestamp("2000-01-01", tz=stamps.dt.tz)
-    angle = 2 * np.pi * (stamps - midnight).dt.total_seconds().to_numpy()[:, None] / np.array(cycles)
+    angle = 2 * np.pi * (stamps - midnight).dt.total_seconds().to_numpy()[:, None] / periods
     return np.nan_to_num(np.hstack([np.sin(angle), np.cos(angle)])).astype(np.float32)     # NaT: 0
 
 
@@ -329,7 +338,7 @@ class Table:
     categorical: torch.Tensor   # (rows, K) int32
     observed: torch.Tensor      # (rows, F) bool
     clock: torch.Tensor         # (rows, C) float32
-    facts: dict                 # numeric column -> [repaired, mean, std, min, max], before clipping
+    facts: dict                 # numeric: [repaired, mean, std, min, max], time: [first, last, step]
     kinds: dict                 # column of the file -> what it was taken for
     seq_len: int                # T
     segments: dict              # split -> (S, 2) int64, [start, end) rows of each sequence that may be read
@@ -384,6 +393,9 @@ def encode(table, kinds, schema):
         observed[:, n_numeric + k] = text.notna()
         categorical[:, k] = np.where(observed[:, n_numeric + k], code + 2, MASK_ID)
     clock = np.zeros((n_rows, 0), np.float32)
+    for name in kinds:
+        if kinds[name] == "time":
+            facts[name] = [table[name].min(), table[name].max(), table[name].diff().median()]
     if schema.cycles:
         clock = make_clock(table[next(name for name in kinds if kinds[name] == "time")], schema.cycles)
     return [*map(torch.from_numpy, (numeric, categorical, observed, clock)), facts, kinds]
@@ -394,6 +406,8 @@ def split_counts(split, n, what, args):
     if sum(split) <= 1 + 1e-6:
         edges = [round(n * sum(split[:i]) + 1e-9) for i in range(4)]
         counts = [b - a for a, b in zip(edges, edges[1:])]
+    elif any(c % 1 for c in split):
+        fail(f"--split {split}: fractions must not exceed 1 together")
     else:
         counts = [int(c) for c in split]
         if sum(counts) > n:
@@ -514,7 +528,7 @@ def show(schema, numeric, categorical, present, valid):
 def describe(table, args):
     """Print what was understood: a line a column, then how the rows were split."""
     schema, rows = table.schema, len(table.observed)
-    print(f"{args.data}: {rows:,} rows, {len(schema.cycles)} cycles of the clock")
+    print(f"{args.data}: {rows:,} rows, clock: {', '.join(schema.cycles) or 'none'}")
     print("".join(f"{word:>11}" for word in ("missing", "repaired", "mean", "std", "min", "max")))
     for j, name in enumerate(schema.numeric):
         repaired, *statistics = table.facts[name]
@@ -526,11 +540,15 @@ def describe(table, args):
               + ", ".join(words[:6]) + f"), not seen in train: {int((ids == UNK_ID).sum())} rows")
     for name, kind in table.kinds.items():
         if kind not in ("numeric", "categorical"):
-            print(f"{kind.split(':')[0]:>11}   {name} {kind.partition(':')[2]}")
+            time = "from {} to {}, median step {}"
+            more = time.format(*table.facts[name]) if name in table.facts else kind[9:]
+            print(f"{kind.split(':')[0]:>11}   {name}  {more}".rstrip())
     for split, segments in table.segments.items():
         n_rows = int((segments[:, 1] - segments[:, 0]).sum())
         print(f"{split:>11}   {n_rows:,} rows, {len(segments)} sequence(s), "
               f"{len(table.starts(split, table.seq_len)):,} windows of {table.seq_len} rows side by side")
+    if "group" not in table.kinds.values():
+        print(f"windows of val and test may begin up to {table.seq_len} rows early; these rows count twice")
 
 
 if __name__ == "__main__":
@@ -539,6 +557,8 @@ if __name__ == "__main__":
     add_arguments(parser, "sensors")
     args = parser.parse_args()
     describe(load_table(args), args)
+    if args.data not in SIMULATIONS:
+        sys.exit()
     table, batch = tiny_batch()
     print(f"\nthe tiny table in its own units, and\n{tiny_table().to_string(index=False)}\n\n"
           "as one batch: scaled, categories as ids, ? where nothing was observed")

@@ -161,6 +161,16 @@ def test_schema_survives_a_checkpoint_and_decodes(tmp_path):
     assert all(x is None for x in decoded["sign"][~here])
 
 
+def test_a_file_with_decimal_commas_and_a_word(tmp_path):
+    path = tmp_path / "comma.csv"
+    values = ["Ausfall" if i == 3 else f"{i},5" for i in range(30)]
+    path.write_text("Datum;Last\n" + "".join(f"{i + 1:02d}.03.2024;{x}\n" for i, x in enumerate(values)))
+    table = load_table(data_args("--data", path, "--read_csv", "sep=; decimal=,", "--seq_len", 4))
+    assert table.kinds == {"Datum": "time", "Last": "numeric"}
+    assert table.facts["Last"][0] == 1 and table.facts["Last"][4] == 29.5
+    assert table.facts["Datum"][1] == pd.Timestamp("2024-03-30")
+
+
 def test_numbers_that_name_categories_keep_their_labels():
     codes = pd.DataFrame({"code": [1.0, 2.0] * 50, "x": 0.5})
     codes.loc[[97, 98], "code"] = 2.5, np.nan               # in the test rows: must not turn 1 into 1.0
@@ -691,6 +701,8 @@ def refused(argv, capsys, *words):
     ("toy", ["--split", "390", "10", "0"], ["test", "--split"]),
     ("toy", ["--split", "500", "10", "10"], ["520", "400"]),
     ("toy", ["--split", "nan", "1", "1"], ["--split"]),
+    ("toy", ["--split", "0.7", "0.2", "0.2"], ["exceed 1"]),
+    ("toy", ["--numeric_cols", "sign"], ["sign", "number"]), ("a;b\n1,5;2,5\n3,5;4,5\n", [], ["separator"]),
     ("toy", ["--n_embd", "30", "--n_head", "4"], ["n_embd 30", "n_head 4"]),
     ("toy", ["--mask_prob", "0"], ["--mask_prob"]), ("toy", ["--mask_prob", "1"], ["--mask_prob"]),
     ("toy", ["--mask_share", "0.8", "--random_share", "0.3"], ["--mask_share", "--random_share"]),

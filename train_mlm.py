@@ -8,8 +8,8 @@ Masked modelling on a table that changes over time: hide some cells, learn to fi
     python train_mlm.py --resume --max_steps 2400           # go on from out/train_mlm/last.pt
     torchrun --standalone --nproc_per_node=2 train_mlm.py   # two processes, or two GPUs
 
-Its twin, train_ar.py, predicts the next row instead. Above the marker line stands all that makes the two
-objectives different, below it the training loop, which is the same in both, line for line.
+Above the marker line stands all that is particular to this objective; below it the training loop, which calls
+what is above by name and would serve another objective, such as predicting the next row, line for line.
 """
 import argparse
 import csv
@@ -208,7 +208,7 @@ def demonstrate(guess, table, args, plt):
     return {"window.png": figure}
 
 
-# ---- from here to the end train_mlm.py and train_ar.py are the same, line for line ----
+# ---- from here to the end nothing knows which objective it serves ----
 
 EVAL_ROWS = 3072        # in an evaluation batch; fixed, so that its masks do not depend on --batch_size
 LOG = ("step", "train", "numeric", "categorical", "val", "lr", "norm", "cells_per_s")
@@ -439,7 +439,7 @@ def main(argv=None):
             if history and history[-1]["step"] == step:
                 history[-1]["val"] = val                        # the row was logged before we knew
             mse = {m: float((e[1, :, :n_numeric].sum(1) / cells[:, :n_numeric].sum(1).clamp(min=1)).mean())
-                   for m, e in errors.items()}
+                   for m, e in errors.items() if n_numeric}
             print(f"step {step:5d} | val loss {val:.4f}, numeric {losses[0]:.4f}, categorical {losses[1]:.4f}"
                   " | mse " + ", ".join(f"{m} {value:.4f}" for m, value in mse.items()))
             state = {"model": raw.state_dict(), "optimizer": optimizer.state_dict(),
