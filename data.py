@@ -478,7 +478,7 @@ def number(kind, low, high=2.0 ** 53, inside=False):
 
 
 def add_arguments(parser, source):
-    """The flags that say what the table is; shared by this file and both training scripts."""
+    """The flags that say what the table is; shared by this file and the training script."""
     add = parser.add_argument_group("data").add_argument
     add("--data", default=source, help=f".csv, .csv.gz or .parquet, or simulated: {', '.join(SIMULATIONS)}")
     add("--read_csv", metavar="OPTIONS", help='for pandas.read_csv, such as "sep=; decimal=,"')
