@@ -169,6 +169,17 @@ def pencil_category(categorical, known, causal):
     return torch.where(nearest >= 0, categorical.gather(1, nearest.clamp(min=0)), 0)
 
 
+def jitter(numeric, known, share, generator):
+    """Numbers slightly off: by a normal deviate times `share` times their step from the last known row.
+
+    numeric (B, T, N) float32; known (B, T, N) bool, True = known. Who rolls out goes on from rows that are
+    slightly off, so training should have met some (Sanchez-Gonzalez 2020). Scaled by a step, since a global
+    amount is nothing to one column and much to the next; what does not move stays exact.
+    """
+    step = pencil_in(numeric, known, causal=True).diff(dim=1)                   # (B, T - 1, N)
+    return numeric + F.pad(step, (0, 0, 1, 0)) * share * torch.randn(numeric.shape, generator=generator)
+
+
 # -----------------------------------------------------------------------------
 # who may look
 
@@ -195,6 +206,18 @@ def create_attention_mask(valid, causal):
     if causal:
         attend = attend & causal_mask(T, valid.device)                          # (B, 1, T, T)
     return attend | torch.eye(T, dtype=torch.bool, device=valid.device)
+
+
+def create_inputs(batch, known, causal):
+    """data.Batch and what is known of it, (B, T, F) bool -> Inputs: what is known is shown, the rest is
+    pencilled in."""
+    N = batch.numeric.shape[-1]
+    # No mask where there is nothing to mask, so that the fastest kernel can run. Causal, padding needs none:
+    # it is on the right, in the future of every real row
+    attend = None if causal or batch.valid.all() else create_attention_mask(batch.valid, causal)
+    return Inputs(batch.numeric, batch.categorical, known, known,
+                  pencil_in(batch.numeric, known[..., :N], causal),
+                  pencil_category(batch.categorical, known[..., N:], causal), batch.clock, attend)
 
 
 if __name__ == "__main__":

@@ -25,14 +25,16 @@ The words, used everywhere:
 import argparse
 import math
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple
+from unittest import mock
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from masking import Inputs, create_attention_mask, create_masks, pencil_category, pencil_in
+from masking import Inputs, create_inputs, create_masks, pencil_in
 
 TRUST = 5.0     # log-odds of the pencilled-in category before anything is learned
 
@@ -133,15 +135,16 @@ class Block(nn.Module):
 class RowEmbedding(nn.Module):
     """A row is the sum of its cells and of its clock.
 
-    A number is its value times a vector of its column, a category the vector of its id. Where a cell is not
-    shown, what is pencilled in stands in for it, plus a [MASK] vector of the column that says so. Missing in
-    the file and hidden by us look the same here; only the loss knows.
+    A number is its value times a vector of its column, plus its step from the row before times another (four
+    times the step, which is small beside the value and must not drown in it). A category is the vector of its
+    id. Where a cell is not shown, what is pencilled in stands in for it, plus a [MASK] vector of the column
+    that says so. Missing in the file and hidden by us look the same here; only the loss knows.
     """
 
     def __init__(self, config):
         super().__init__()
         N, K, C = config.n_numeric, len(config.vocab_sizes), config.n_clock
-        self.weight = nn.Parameter(torch.empty(N + (N + K) + C, config.n_embd))     # values, [MASK]s, clock
+        self.weight = nn.Parameter(torch.empty(2 * N + (N + K) + C, config.n_embd))     # see x, below
         self.bias = nn.Parameter(torch.zeros(config.n_embd))                        # of all columns
         # One table for all categorical columns, one after the other. Its row 0 is [UNK] of every column, and
         # padding_idx keeps it zero: a value never seen in training has taught us nothing.
@@ -151,7 +154,8 @@ class RowEmbedding(nn.Module):
 
     def forward(self, values, ids, shown, clock):
         # values (B, T, N), ids (B, T, K), shown (B, T, F), clock (B, T, C)
-        x = torch.cat((values, (~shown).type_as(values), clock), dim=-1)        # (B, T, N + F + C)
+        steps = 4 * F.pad(values.diff(dim=1), (0, 0, 1, 0))                     # (B, T, N), the first is 0
+        x = torch.cat((values, steps, (~shown).type_as(values), clock), dim=-1)         # (B, T, 2N + F + C)
         rows = torch.where(ids == 1, 0, ids + self.offset)                      # (B, T, K), of the one table
         return x @ self.weight + self.bias + self.categories(rows).sum(dim=2)   # (B, T, D)
 
@@ -174,6 +178,11 @@ class Guess(NamedTuple):
     """What the model says of each cell."""
     numeric: torch.Tensor       # (B, T, N) float32
     logits: list                # K of (B, T, V_k - 2) float32
+
+    def ids(self):
+        """The likeliest id of each categorical cell, (B, T, K) int64."""
+        nothing = torch.zeros_like(self.numeric[..., :0], dtype=torch.long)     # where K is 0
+        return torch.cat([nothing, *(x.argmax(dim=-1, keepdim=True) + 2 for x in self.logits)], dim=-1)
 
 
 class TableTransformer(nn.Module):
@@ -221,6 +230,36 @@ class TableTransformer(nn.Module):
             logits[k] = logits[k] + TRUST * pencilled
         return Guess(pencil + scale * correction, logits)
 
+    @torch.no_grad()
+    def predict(self, inputs):
+        """Inputs -> numbers (B, T, N) and the likeliest ids (B, T, K), on the CPU."""
+        guess = self(Inputs(*(x if x is None else x.to(self.cos.device) for x in inputs)))
+        return guess.numeric.cpu(), guess.ids().cpu()
+
+    def rollout(self, batch, clock, steps, predict=None):
+        """Say what comes next, write it down, and go on from there, looking at the last T rows at most.
+
+        batch: data.Batch of histories, as long as `valid` says, a row at least; clock (B, steps, C): that of
+        the rows to come; predict: Inputs -> (numbers, ids), where it is not this model that is asked.
+        Returns the Batch of the rows to come, (B, steps, ...). What has no value in a history gets none.
+        """
+        B, N, each = *batch.numeric.shape[::2], torch.arange(len(batch.valid))[:, None]
+        length, ever = batch.valid.sum(dim=1), batch.observed.any(dim=1)        # (B,), (B, F)
+        # room for what is to come, at the right end of each
+        whole = type(batch)(*(torch.cat([x, x.new_zeros(B, steps, *x.shape[2:])], dim=1) for x in batch))
+        future = length[:, None] + torch.arange(steps)                          # (B, steps)
+        whole.clock[each, future] = clock
+        for end in future.T:                                                    # (B,) where a row is missing
+            size = min(int(end.max()), self.config.seq_len)
+            start = (end - size).clamp(min=0)
+            window = type(batch)(*(x[each, start[:, None] + torch.arange(size)] for x in whole))
+            here = each[:, 0], end
+            numeric, ids = (predict or self.predict)(create_inputs(window, window.observed, causal=True))
+            whole.numeric[here] = numeric[each[:, 0], end - start - 1] * ever[:, :N]
+            whole.categorical[here] = ids[each[:, 0], end - start - 1] * ever[:, N:]
+            whole.observed[here], whole.valid[here] = ever, True
+        return type(batch)(*(x[each, future] for x in whole))
+
 
 # -----------------------------------------------------------------------------
 # loss
@@ -259,15 +298,12 @@ def print_shapes():
     from data import step_generator, tiny_batch             # for this demonstration only
 
     table, batch = tiny_batch()
-    N = len(table.schema.numeric)
-    model = TableTransformer(Config(N, table.schema.vocab_sizes(), table.clock.shape[1], table.seq_len))
+    schema = table.schema
+    model = TableTransformer(Config(len(schema.numeric), schema.vocab_sizes(), 0, table.seq_len))
     for name, part in model.named_children():
         print(f"{name:<8}{sum(p.numel() for p in part.parameters()):>9,} parameters")
     known = batch.observed & ~create_masks(batch.observed, 0.4, step_generator(3))
-    inputs = Inputs(batch.numeric, batch.categorical, known, known,
-                    pencil_in(batch.numeric, known[..., :N], causal=False),
-                    pencil_category(batch.categorical, known[..., N:], causal=False),
-                    batch.clock, create_attention_mask(batch.valid, causal=False))
+    inputs = create_inputs(batch, known, causal=False)
     for name, x in inputs._asdict().items():
         print(f"inputs.{name:<15}{tuple(x.shape)}")
     for name, part in model.named_modules():
@@ -279,7 +315,12 @@ def print_shapes():
     print(f"untrained, the guess is what is pencilled in: {torch.equal(guess.numeric, inputs.pencil)}")
 
 
-def find_leaks(causal, T=12, N=3):
+def over_heads(q, k, v, attend=F.scaled_dot_product_attention, **options):
+    """The mistake: SDPA on (B, T, nh, hs). Each row attends over its own heads, and nothing complains."""
+    return attend(*(z.transpose(1, 2) for z in (q, k, v)), **options).transpose(1, 2)
+
+
+def find_leaks(causal, wrong_axis=False, T=12, N=3):
     """(T, T) bool, True = the output row (line) depends on the input row (column), by autograd through pencil
     and model, every fourth cell hidden. AssertionError if the truth under a hidden cell reaches an output."""
     torch.manual_seed(0)
@@ -287,8 +328,9 @@ def find_leaks(causal, T=12, N=3):
     nn.init.normal_(model.head.weight)                      # a head of zeros would hide every dependence
     numeric, ids = torch.randn(1, T, N, requires_grad=True), torch.zeros(1, T, 0, dtype=torch.long)
     known = torch.arange(T * N).view(1, T, N) % 4 > 0
-    pencil = pencil_in(numeric, known, causal)
-    guess = model(Inputs(numeric, ids, known, known, pencil, ids, torch.zeros(1, T, 0), None))
+    pencil, clock = pencil_in(numeric, known, causal), torch.zeros(1, T, 0)
+    with mock.patch.object(F, "scaled_dot_product_attention", over_heads) if wrong_axis else nullcontext():
+        guess = model(Inputs(numeric, ids, known, known, pencil, ids, clock, attend=None))
     lines = []
     for row in guess.numeric[0]:                            # (N,)
         gradient, = torch.autograd.grad(row.sum(), numeric, retain_graph=True)
@@ -345,9 +387,10 @@ if __name__ == "__main__":
     if args.bench:
         bench()
     elif args.leaks:
-        for causal in (False, True):
-            print("causal:" if causal else "both ways:", "a line an output row, # = it depends on this row")
-            for line in find_leaks(causal).tolist():
-                print("    " + " ".join("#" if depends else "." for depends in line))
+        print("a line an output row, # = it depends on this input row")
+        print("".join(f"{title:<30}" for title in ("both ways", "causal", "causal, over the wrong axis")))
+        pictures = find_leaks(False), find_leaks(True), find_leaks(True, wrong_axis=True)
+        for lines in zip(*(picture.tolist() for picture in pictures)):
+            print("".join(f"{' '.join('.#'[depends] for depends in line):<30}" for line in lines).rstrip())
     else:
         print_shapes()
