@@ -8,8 +8,8 @@ Masked modelling on a table that changes over time: hide some cells, learn to fi
     python train_mlm.py --resume --max_steps 2400           # go on from out/train_mlm/last.pt
     torchrun --standalone --nproc_per_node=2 train_mlm.py   # two processes, or two GPUs
 
-Above the marker line stands all that is particular to this objective; below it the training loop, which calls
-what is above by name and would serve another objective, such as predicting the next row, line for line.
+Above the marker line stands what is particular to the objective; from there on train_mlm.py and train_ar.py
+are the same, line for line. `diff train_mlm.py train_ar.py` shows what an objective is.
 """
 import argparse
 import csv
@@ -27,8 +27,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from data import add_arguments, fail, load_table, number, step_generator
-from masking import (Inputs, Targets, bert_style_masking, create_attention_mask, create_masks,
-                     get_mask_probability, pencil_category, pencil_in, scorable)
+from masking import (Targets, bert_style_masking, create_inputs, create_masks, get_mask_probability,
+                     pencil_category, pencil_in, scorable)
 from model import Config, TableTransformer, count_scored, sum_losses, window_scale
 
 SCRIPT = "train_mlm"
@@ -58,6 +58,8 @@ def get_parser():
         help="cells in the training loss; observed is the identity-reconstruction mistake, as an experiment")
     add("--eval_mask_probs", type=rate, nargs="+", default=[0.125, 0.25, 0.375, 0.5],
         help="rates of evaluation")
+    add("--category_weight", type=number(float, 0), default=1.0,
+        help="of the categorical cells' loss beside the numeric cells'")
 
     add = parser.add_argument_group("model").add_argument
     add("--n_layer", type=size, default=4, help="transformer blocks")
@@ -90,7 +92,7 @@ def get_parser():
     return parser
 
 
-def check(args):
+def check(args, table):
     """What no flag can know alone."""
     if args.mask_share + args.random_share > 1:
         fail(f"--mask_share {args.mask_share} and --random_share {args.random_share} exceed 1 together")
@@ -112,7 +114,7 @@ def objective(batch, args, generator, step=None, case=None):
 
     In training `step` sets the rate. In evaluation `case` is the rate, and every hidden cell is [MASK].
     """
-    N, rate, style, mask_share = batch.numeric.shape[-1], case, "cell", 1.0
+    rate, style, mask_share = case, "cell", 1.0
     if case is None:
         start = args.mask_prob_start or args.mask_prob
         rate = get_mask_probability(step, args.max_steps, start, args.mask_prob)
@@ -124,35 +126,17 @@ def objective(batch, args, generator, step=None, case=None):
     numeric, categorical, shown = bert_style_masking(batch.numeric, batch.categorical, batch.observed, hidden,
                                                      generator, mask_share, args.random_share)
     # guesses and statistics come from known cells alone: a random or kept cell is shown, but not known
-    known = batch.observed & ~hidden
-    pencil = pencil_in(batch.numeric, known[..., :N], CAUSAL)
-    pencil_ids = pencil_category(batch.categorical, known[..., N:], CAUSAL)
-    # no mask at all where there is no padding, so that the fastest kernel can run
-    attend = None if batch.valid.all() else create_attention_mask(batch.valid, CAUSAL)
+    inputs = create_inputs(batch, batch.observed & ~hidden, CAUSAL)
+    inputs = inputs._replace(numeric=numeric, categorical=categorical, shown=shown)
     score = answerable if args.score == "observed" and case is None else hidden
-    return (Inputs(numeric, categorical, shown, known, pencil, pencil_ids, batch.clock, attend),
-            Targets(batch.numeric, batch.categorical, score))
-
-
-def pencil_error(table, args):
-    """(N,) root mean squared error of what is pencilled in, on some train windows: the numeric loss's unit.
-
-    So that loss starts near 1, says what share of the baseline's squared error is left, and a calm column
-    weighs as much as a wild one. The floor is for constant columns, where there is no error to divide by.
-    """
-    N, generator = len(table.schema.numeric), step_generator(0)
-    batch = table.batch(table.sample("train", max(16, 24_576 // table.seq_len), generator))
-    inputs, targets = objective(batch, args, generator, step=args.max_steps)
-    guessed = (targets.score & ~inputs.known)[..., :N]                      # what is known has no error
-    square = torch.where(guessed, inputs.pencil - targets.numeric, 0.0).square().sum((0, 1))
-    return (square / guessed.sum((0, 1)).clamp(min=1)).sqrt().clamp(min=0.01)
+    return inputs, Targets(batch.numeric, batch.categorical, score)
 
 
 def eval_cases(args):
     return args.eval_mask_probs                     # the same rates all through a run, whatever training does
 
 
-def baselines(inputs):
+def baselines(inputs, args):
     """What one would fill in without a model: {name: (numbers (B, T, N), ids (B, T, K))}."""
     N, mode = inputs.numeric.shape[-1], 2                                       # id 2 is the commonest value
     last = pencil_in(inputs.numeric, inputs.known[..., :N], causal=True)
@@ -162,61 +146,63 @@ def baselines(inputs):
             "mean": (torch.zeros_like(last), torch.full_like(last_ids, mode))}  # 0: centre of the train rows
 
 
-def report(errors, cells, table, args):
-    """Print the table of the test split; return what results.json keeps of it."""
-    def mean(sums, columns):
-        sums, counts = sums[:, columns].sum(1).tolist(), cells[:, columns].sum(1).tolist()
-        return [s / c if c else None for s, c in zip(sums, counts)]             # one a rate
-    N, results = len(table.schema.numeric), {}
-    for name, (absolute, square) in errors.items():                             # (rates, F) each
-        wrong = mean(square, slice(N, None))                                    # a wrong category counts 1
-        results[name] = {"mse": mean(square, slice(N)), "mae": mean(absolute, slice(N)),
-                         "accuracy": [None if w is None else 1 - w for w in wrong]}
-    for measure, title in (("mse", "mean squared error, scaled"), ("accuracy", "accuracy of categories")):
-        if None not in results["model"][measure]:
-            print(f"\n{title:<32}" + "".join(f"{p:>11.1%}" for p in args.eval_mask_probs) + f"{'mean':>11}")
-            for name, result in results.items():
-                values = result[measure] + [sum(result[measure]) / len(result[measure])]
-                print(f"{name:<32}" + "".join(f"{v:>11.4f}" for v in values))
-    return {"eval_mask_probs": args.eval_mask_probs, "test": results}
-
-
-def demonstrate(guess, table, args, plt):
-    """A picture of one test window, of the columns that move most in it."""
+def examine(model, table, errors, cells, args):
+    """Print what the test split comes to. Returns what results.json keeps of it; a curve to draw, as the name
+    of its axis, the cases along it and {method: means}; and windows to draw, as a Batch, which of its cells
+    had to be guessed, (B, T, F) bool, and {method: guesses (B, T, N)}."""
+    rates, test = args.eval_mask_probs, judge(errors, cells, table.schema)
+    shares = {f"{rate:.1%}": i for i, rate in enumerate(rates)}
+    print_table("mean squared error, scaled", shares, test, "mse")
+    print_table("accuracy of categories", shares, test, "accuracy")
     windows = table.starts("test", table.seq_len)
-    batch = table.batch(windows[len(windows) // 2][None])                       # from the middle of the split
+    batch = table.batch(windows[len(windows) // 2:][:3])                        # from the middle of the split
     inputs, targets = objective(batch, args, step_generator(0), case=0.3)
-    N, hidden, seen = len(table.schema.numeric), targets.score[0], inputs.known[0].numpy()
-    spread = window_scale(batch.numeric, batch.observed[..., :N])[1][0, 0] * hidden[:, :N].any(dim=0)
-    chosen, hidden = spread.argsort(descending=True)[:4].tolist(), hidden.numpy()
-    if not chosen:
-        return {}
-    truth, filled, pencilled = (table.schema.decode(x[0], batch.categorical[0])
-                                for x in (batch.numeric, guess(inputs), inputs.pencil))
-    figure, axes = plt.subplots(len(chosen), 1, figsize=(9, 1.9 * len(chosen)), sharex=True, squeeze=False)
-    for axis, j in zip(axes[:, 0], chosen):
-        name, rows = table.schema.numeric[j], np.arange(table.seq_len)
-        for label, values, here, look in (
-                ("seen", truth, seen, dict(marker=".", color="black", ms=4)),
-                ("hidden truth", truth, hidden, dict(marker="o", color="black", mfc="none")),
-                ("pencilled in (linear)", pencilled, hidden, dict(marker="x", color="#E69F00", ms=5)),
-                ("model", filled, hidden, dict(marker=".", color="#0072B2", ms=6))):
-            axis.plot(rows[here[:, j]], values[name][here[:, j]], ls="", label=label, **look)
-        axis.set_ylabel(name.replace("$", r"\$"))                               # no TeX in column names
-    axes[0, 0].legend(ncols=4, loc="lower left", bbox_to_anchor=(0, 1), frameon=False)
-    axes[-1, 0].set_xlabel("row of the window")
-    return {"window.png": figure}
+    return ({"eval_mask_probs": rates, "test": test}, ("share of cells hidden", rates, test),
+            (batch, targets.score, {"linear": inputs.pencil, "model": model.predict(inputs)[0]}))
 
 
-# ---- from here to the end nothing knows which objective it serves ----
+# ---- from here to the end train_mlm.py and train_ar.py are the same, line for line ----
 
 EVAL_ROWS = 3072        # in an evaluation batch; fixed, so that its masks do not depend on --batch_size
+COLORS = {"model": "#0072B2", "linear": "#E69F00", "last": "#009E73", "season": "#CC79A7", "mean": "#999999",
+          "val": "#0072B2", "train": "#999999"}             # for the eyes of all (Okabe 2008)
 LOG = ("step", "train", "numeric", "categorical", "val", "lr", "norm", "cells_per_s")
 
 
 def move(tensors, device):
     """Inputs or Targets -> the same on the device."""
     return type(tensors)(*(t if t is None else t.to(device) for t in tensors))
+
+
+def pencil_error(table, args):
+    """(N,) root mean squared error of what is pencilled in, on some train windows: the numeric loss's unit.
+
+    So that loss starts near 1, says what share of the baseline's squared error is left, and a calm column
+    weighs as much as a wild one. The floor is for constant columns, where there is no error to divide by.
+    """
+    N, generator, square, count = len(table.schema.numeric), step_generator(0), 0.0, 0
+    batch = table.batch(table.sample("train", max(16, 2 * EVAL_ROWS // table.seq_len), generator))
+    for case in eval_cases(args):
+        inputs, targets = objective(batch, args, generator, case=case)
+        score = targets.score[..., :N]
+        square += torch.where(score, inputs.pencil - targets.numeric, 0.0).square().sum((0, 1))
+        count += score.sum((0, 1))
+    return (square / count.clamp(min=1)).sqrt().clamp(min=0.01)
+
+
+def tally(errors, name, numeric, ids, targets, dim):
+    """Add what a method got wrong to errors[name], (2, ..., F), summed over `dim` of (B, T, F): absolute and
+    squared errors, a wrong category counting 1."""
+    error = torch.cat([numeric - targets.numeric, ids != targets.categorical], dim=-1)
+    error = torch.where(targets.score, error, 0.0).cpu().double()
+    # sums, not means of batches: the last batch is smaller, and columns differ in holes
+    errors[name] = errors.get(name, 0.0) + torch.stack([error.abs().sum(dim), error.square().sum(dim)])
+
+
+def within_clip(targets, clip):
+    """Targets without the cells beyond the clip, which are no longer the truth; and how many there were."""
+    outside = targets.score & F.pad(targets.numeric.abs() >= clip, (0, targets.categorical.shape[-1]))
+    return targets._replace(score=targets.score & ~outside), int(outside.sum())
 
 
 @torch.no_grad()
@@ -228,32 +214,49 @@ def evaluate(model, table, split, stride, unit, args, device, autocast):
     many were scored; and how many lay beyond the clip and so were scored for nobody.
     """
     model.eval()                                    # no dropout
-    cases, K, beyond, errors = eval_cases(args), len(table.schema.categorical), 0, {}
+    cases, beyond = eval_cases(args), 0
+    errors = [{} for _ in cases]
     losses, cells = torch.zeros(2), torch.zeros(len(cases), table.observed.shape[1], dtype=torch.float64)
     for i, case in enumerate(cases):
         generator, sums, counts = step_generator(0, i), 0.0, 0.0
         for windows in table.starts(split, stride).split(max(1, EVAL_ROWS // table.seq_len)):
             inputs, targets = objective(table.batch(windows), args, generator, case=case)
             inputs, targets = move(inputs, device), move(targets, device)
-            # what was clipped is not the truth any more
-            outside = targets.score & F.pad(targets.numeric.abs() >= table.schema.clip, (0, K))
-            targets = targets._replace(score=targets.score & ~outside)
+            targets, n_outside = within_clip(targets, table.schema.clip)
             with autocast:
                 guess = model(inputs)
             sums, counts = sums + sum_losses(guess, targets, unit, args.loss), counts + count_scored(targets)
-            ids = [logits.argmax(-1) + 2 for logits in guess.logits]                        # K of (B, T)
-            ids = torch.stack(ids, -1) if K else targets.categorical                        # (B, T, K)
-            for name, (numeric, ids) in {"model": (guess.numeric, ids), **baselines(inputs)}.items():
-                error = torch.cat([numeric - targets.numeric, ids != targets.categorical], -1)
-                error = torch.where(targets.score, error, 0.0).cpu().double()               # (B, T, F)
-                # sums, not means of batches: the last batch is smaller, and columns differ in holes
-                total = errors.setdefault(name, torch.zeros(2, *cells.shape, dtype=torch.float64))
-                total[:, i] += torch.stack([error.abs().sum((0, 1)), error.square().sum((0, 1))])
+            for name, said in {"model": (guess.numeric, guess.ids()), **baselines(inputs, args)}.items():
+                tally(errors[i], name, *said, targets, dim=(0, 1))
             cells[i] += targets.score.sum((0, 1)).cpu()
-            beyond += int(outside.sum())
+            beyond += n_outside
         losses += (sums / counts.clamp(min=1)).cpu() / len(cases)
     model.train()
+    errors = {name: torch.stack([e[name] for e in errors], dim=1) for name in errors[0]}    # (2, cases, F)
     return losses, errors, cells, beyond
+
+
+def judge(errors, cells, schema, numeric=None):
+    """Sums of `evaluate` -> {method: {"mse", "mae", "accuracy": the mean of each case}}, None where nothing
+    was scored; of the numeric columns only those listed in `numeric`, if any."""
+    N = len(schema.numeric)
+    def mean(sums, columns):
+        sums, counts = sums[:, columns].sum(1).tolist(), cells[:, columns].sum(1).tolist()
+        return [s / c if c else None for s, c in zip(sums, counts)]
+    numeric = numeric or slice(N)
+    return {name: {"mse": mean(square, numeric), "mae": mean(absolute, numeric),
+                   "accuracy": mean(cells - square, slice(N, None))}
+            for name, (absolute, square) in errors.items()}
+
+
+def print_table(title, cases, results, measure):
+    """A line a method: its means in `cases`, {heading: index}, and, where there are several, over all."""
+    n = len(results["model"][measure])
+    if None not in results["model"][measure]:
+        print(f"\n{title:<32}" + "".join(f"{case:>11}" for case in [*cases] + ["mean"] * (n > 1)))
+        for name, means in results.items():
+            values = [means[measure][i] for i in cases.values()] + [sum(means[measure]) / n] * (n > 1)
+            print(f"{name:<32}" + "".join(f"{value:>11.4g}" for value in values))
 
 
 def learning_rate(step, args):
@@ -304,7 +307,6 @@ def parse(argv):
         for name, value in was.items():
             if getattr(args, name) != value:
                 print(f"--{name} {getattr(args, name)} overrides {value} of the checkpoint")
-    check(args)
     return args, checkpoint
 
 
@@ -340,13 +342,55 @@ def restore(checkpoint, model, optimizer, scaler, schema, args):
         scaler.load_state_dict(checkpoint["scaler"])
 
 
+def draw_windows(plt, schema, batch, asked, guesses):
+    """A figure of windows, a Batch, of what was asked, (B, T, F) bool, and of {method: guesses (B, T, N)}: in
+    the plane where columns are named _x and _y, else the four columns of window 0 that move most."""
+    names, rows = schema.numeric, np.arange(batch.valid.shape[1])
+    planes = [(name, name[:-1] + "y") for name in names if name[-2:] == "_x" and name[:-1] + "y" in names]
+    moves = window_scale(batch.numeric, batch.observed[..., :len(names)])[1][0, 0]             # (N,)
+    moves = (moves * asked[0, :, :len(names)].any(dim=0)).argsort(descending=True)[:4].tolist()
+    panels = [(b, planes) for b in range(len(asked))] if planes else [(0, [(None, names[j])]) for j in moves]
+    shape = (1, len(panels)) if planes else (len(panels), 1)
+    figure, axes = plt.subplots(*shape, figsize=(9, 3.6 if planes else 1.9 * len(panels)), squeeze=False,
+                                sharex=not planes)
+    seen, asked = ((batch.observed & mask)[..., :len(names)].numpy() for mask in (~asked, asked))
+    layers = [("seen", batch.numeric, seen, dict(marker=".", color="black", ms=4)),
+              ("truth", batch.numeric, asked, dict(marker="o", color="black", mfc="none", ms=5))]
+    layers += [(name, x, asked, dict(marker="x" if name != "model" else ".", color=COLORS[name], ms=5))
+               for name, x in guesses.items() if name == "model" or not planes]
+    for axis, (b, curves) in zip(axes.flat, panels):
+        for label, numeric, here, look in layers:
+            values = schema.decode(numeric[b], batch.categorical[b])
+            for across, up in curves:
+                mask = here[b, :, names.index(up)]
+                axis.plot((rows if across is None else values[across])[mask], values[up][mask], ls="",
+                          label=label if up == curves[0][1] else None, **look)
+        axis.set_ylabel(curves[0][1].replace("$", r"\$") if not planes else "y")   # no TeX in column names
+        if planes:
+            axis.set_aspect("equal")
+    axes[-1, 0].set_xlabel("x" if planes else "row of the window")
+    axes[0, 0].legend(ncols=4, loc="lower left", bbox_to_anchor=(0, 1), frameon=False)
+    return figure
+
+
+def draw_lines(plt, x, lines, **labels):
+    """A figure of {name: y} over x, y on a logarithmic scale."""
+    figure, axis = plt.subplots(figsize=(7, 4))
+    for name, y in lines.items():
+        axis.plot(x, y, marker="." if len(x) < 50 else None, color=COLORS[name], label=name)
+    axis.set(yscale="log", **labels)
+    axis.legend(frameon=False)
+    return figure
+
+
 def conclude(model, table, unit, args, device, autocast, history, facts):
     """The test split, read once, with the best weights: tables on the screen, results.json and pictures."""
     model.load_state_dict(load_checkpoint(os.path.join(args.out_dir, "best.pt"))["model"])
     stride = args.eval_stride or max(1, table.seq_len // 4)
     _, errors, cells, beyond = evaluate(model, table, "test", stride, unit, args, device, autocast)
     results = {"script": SCRIPT, "data": args.data, **facts, "seed": args.seed}
-    results.update(report(errors, cells, table, args))
+    kept, (axis, cases, curves), drawn = examine(model, table, errors, cells, args)
+    results.update(kept)
     with open(os.path.join(args.out_dir, "results.json"), "w") as file:
         json.dump(results, file, indent=1)
 
@@ -368,17 +412,13 @@ def conclude(model, table, unit, args, device, autocast, history, facts):
     except ImportError:
         print("no pictures without matplotlib: pip install matplotlib")
         return
-    figure, axis = plt.subplots(figsize=(7, 4))
-    for name, color in (("train", "#999999"), ("val", "#0072B2")):
-        axis.plot([row["step"] for row in history], [row[name] for row in history], color=color, label=name)
-    axis.set(xlabel="step", ylabel="loss, numeric + categorical", yscale="log")
-    axis.legend(frameon=False)
-
-    @torch.no_grad()
-    def guess(inputs):
-        return model.eval()(move(inputs, device)).numeric.cpu()
-
-    figures = {"loss.png": figure, **demonstrate(guess, table, args, plt)}
+    steps = [row["step"] for row in history]
+    losses = {name: [row[name] for row in history] for name in ("train", "val")}
+    curves = {name: means["mse"] for name, means in curves.items()}
+    figures = {
+        "loss.png": draw_lines(plt, steps, losses, xlabel="step", ylabel="loss"),
+        "errors.png": draw_lines(plt, cases, curves, xlabel=axis, ylabel="mean squared error, scaled"),
+        "window.png": draw_windows(plt, table.schema, *drawn)}
     for name, figure in figures.items():
         figure.savefig(os.path.join(args.out_dir, name), dpi=120, bbox_inches="tight")
         plt.close(figure)
@@ -393,8 +433,10 @@ def main(argv=None):
     autocast = nullcontext() if dtype == "float32" else torch.autocast(device.type, getattr(torch, dtype))
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == "float16")      # else float16 underflows
     table = load_table(args)
+    check(args, table)
     schema, n_numeric = asdict(table.schema), len(table.schema.numeric)
     unit = pencil_error(table, args).to(device)                                 # (N,) of the numeric loss
+    weight = torch.tensor([1.0, args.category_weight], device=device)
     config = Config(n_numeric, table.schema.vocab_sizes(), table.clock.shape[1], table.seq_len,
                     args.n_layer, args.n_head, args.n_embd, args.dropout, CAUSAL)
     torch.manual_seed(args.seed)                        # the weights; the same on all ranks
@@ -435,7 +477,7 @@ def main(argv=None):
         if rank == 0 and (step % args.eval_every == 0 or step >= args.max_steps):
             losses, errors, cells, _ = evaluate(raw, table, "val", table.seq_len, unit, args, device,
                                                 autocast)
-            val = float(losses.sum())
+            val = float(losses @ weight.cpu())
             if history and history[-1]["step"] == step:
                 history[-1]["val"] = val                        # the row was logged before we knew
             mse = {m: float((e[1, :, :n_numeric].sum(1) / cells[:, :n_numeric].sum(1).clamp(min=1)).mean())
@@ -468,7 +510,7 @@ def main(argv=None):
             with autocast:
                 guess = model(move(inputs, device))
             losses = sum_losses(guess, move(targets, device), unit, args.loss) / count.clamp(min=1)   # (2,)
-            scaler.scale(losses.sum() * world).backward()       # ranks average, we want the sum
+            scaler.scale(losses @ weight * world).backward()    # ranks average, we want the sum
             running += losses.detach()
         scaler.unscale_(optimizer)
         # The one host sync of a step. The norm is that of the averaged gradients: all ranks stop, or none.
@@ -490,8 +532,8 @@ def main(argv=None):
             numeric, categorical = (running / n).tolist()       # the mean over the steps since then
             n_cells = n * world * args.grad_accum * args.batch_size * table.seq_len * table.observed.shape[1]
             minutes = (args.max_steps - step) * (now - began) / (step - first) / 60
-            row = dict(zip(LOG, (step, numeric + categorical, numeric, categorical, val, group["lr"], norm,
-                                 n_cells / (now - since))))
+            row = dict(zip(LOG, (step, float(running @ weight) / n, numeric, categorical, val, group["lr"],
+                                 norm, n_cells / (now - since))))
             history.append(row)
             if rank == 0:
                 print(f"step {step:5d} | loss {row['train']:.4f}, numeric {numeric:.4f}, categorical "

@@ -1,0 +1,556 @@
+"""
+Autoregression on a table that changes over time: see the rows so far, learn to say what comes next.
+
+    python train_ar.py                                      # simulated planets, minutes on two cores
+    python train_ar.py --noise 0                            # the mistake of training on true rows alone
+    python train_ar.py --data my.csv --given 72             # your own file; 72 rows before a roll-out
+    python train_ar.py --data my.csv --given 72 --season 24     # one more rival: the value of 24 rows ago
+    python train_ar.py --resume --max_steps 2400            # go on from out/train_ar/last.pt
+    torchrun --standalone --nproc_per_node=2 train_ar.py    # two processes, or two GPUs
+
+Above the marker line stands what is particular to the objective; from there on train_mlm.py and train_ar.py
+are the same, line for line. `diff train_mlm.py train_ar.py` shows what an objective is.
+"""
+import argparse
+import csv
+import json
+import math
+import os
+import sys
+import time
+from contextlib import nullcontext
+from dataclasses import asdict
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+from data import add_arguments, fail, load_table, number, step_generator
+from masking import Targets, create_inputs, jitter, scorable
+from model import Config, TableTransformer, count_scored, sum_losses, window_scale
+
+SCRIPT = "train_ar"
+
+# -----------------------------------------------------------------------------
+# every knob
+
+def get_parser():
+    class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+        """Defaults in the help of each flag, and the docstring as it stands."""
+    parser = argparse.ArgumentParser(description=__doc__, usage=f"python {SCRIPT}.py [--flag value ...]",
+                                     formatter_class=Formatter, allow_abbrev=False)
+    share, count, size = number(float, 0, 1), number(int, 0), number(int, 1)
+    add_arguments(parser, "planets")
+
+    add = parser.add_argument_group("objective").add_argument
+    add("--noise", type=number(float, 0), default=0.05,
+        help="on the numbers seen in training, as a share of their step from the row before")
+    add("--given", type=size, default=10, help="rows of a test window that a roll-out starts from")
+    add("--horizons", type=size, nargs="+", default=[1, 5, 10, 19],
+        help="steps ahead at which a roll-out is judged")
+    add("--season", type=size, help="a further baseline: the value of so many rows ago (None: without it)")
+    add("--category_weight", type=number(float, 0), default=0.03,
+        help="of the categorical cells' loss beside the numeric cells'")
+
+    add = parser.add_argument_group("model").add_argument
+    add("--n_layer", type=size, default=4, help="transformer blocks")
+    add("--n_head", type=size, default=4, help="attention heads")
+    add("--n_embd", type=size, default=128, help="width of the residual stream")
+    add("--dropout", type=share, default=0.0, help="while training")
+
+    add = parser.add_argument_group("optimisation").add_argument
+    add("--batch_size", type=size, default=32, help="windows in a forward pass")
+    add("--grad_accum", type=size, default=1, help="forward passes in a step")
+    add("--max_steps", type=count, default=1200, help="optimiser steps")
+    add("--lr", type=number(float, 0), default=1e-3, help="peak learning rate of AdamW")
+    add("--min_lr", type=number(float, 0), default=5e-5, help="learning rate at the end of the cosine")
+    add("--warmup_steps", type=count, default=100, help="linear warmup")
+    add("--weight_decay", type=number(float, 0), default=0.1, help="of matrices, not of biases and norms")
+    add("--grad_clip", type=number(float, 0), default=1.0, help="largest gradient norm (0: any)")
+    add("--loss", choices=["mse", "huber"], default="mse", help="of numeric cells")
+
+    add = parser.add_argument_group("run").add_argument
+    add("--device", default="auto", help="cpu, cuda, cuda:1, mps; auto is cuda where there is one, else cpu")
+    add("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto",
+        help="of autocast; auto is bfloat16 where the GPU has it, float16 on an older one, float32 on a CPU")
+    add("--compile", action="store_true", help="torch.compile: a wait at first, then faster on a GPU")
+    add("--seed", type=count, default=0, help="of weights, batches and masks")
+    add("--eval_every", type=size, default=100, help="steps from one evaluation (and checkpoint) to the next")
+    add("--eval_stride", type=size, help="rows from one test window to the next (None: seq_len // 4)")
+    add("--log_every", type=size, default=10, help="steps from one log line to the next")
+    add("--out_dir", default=f"out/{SCRIPT}", help="for checkpoints, log.csv, results.json and pictures")
+    add("--resume", action="store_true", help="go on from out_dir/last.pt; flags given here override its own")
+    return parser
+
+
+def check(args, table):
+    """What no flag can know alone."""
+    if (args.season or 1) > args.given:
+        fail(f"--season {args.season} looks back further than a roll-out's --given {args.given} rows")
+    longest = int((table.segments["test"][:, 1] - table.segments["test"][:, 0]).max())
+    if args.given + max(args.horizons) > min(longest, table.seq_len):
+        fail(f"--given {args.given} rows and --horizons of up to {max(args.horizons)} do not fit into the "
+             f"test split's windows of {min(longest, table.seq_len)} rows (--seq_len)")
+
+
+# -----------------------------------------------------------------------------
+# THE OBJECTIVE: say what comes next
+
+CAUSAL = True           # who may look where: every row of a window at itself and at those before it
+
+
+def objective(batch, args, generator, step=None, case=None):
+    """data.Batch -> what the model sees, masking.Inputs, and what it is asked, masking.Targets.
+
+    Every row is asked for the row after it. In training what is seen is slightly off; the target is not.
+    """
+    answerable = scorable(batch.observed, batch.categorical)                    # has a right answer
+    noise = args.noise if case is None else 0.0
+    numeric = jitter(batch.numeric, batch.observed[..., :batch.numeric.shape[-1]], noise, generator)
+    # nothing is hidden but the future, and that by `CAUSAL` alone
+    inputs = create_inputs(batch._replace(numeric=numeric), batch.observed, CAUSAL)
+    # the target of row t is row t + 1; the last row has none, and padding is not observed
+    numeric, categorical, score = (x.roll(-1, dims=1) for x in (batch.numeric, batch.categorical, answerable))
+    score[:, -1] = False
+    return inputs, Targets(numeric, categorical, score)
+
+
+def eval_cases(args):
+    return ["next row"]
+
+
+def baselines(inputs, args):
+    """What one would say comes next without a model: {name: (numbers (B, T, N), ids (B, T, K))}."""
+    last, ids, rows = inputs.pencil, inputs.pencil_ids.clamp(min=2), torch.arange(inputs.numeric.shape[1])
+    said = {"last": (last, ids), "linear": (2 * last - last[:, (rows - 1).clamp(min=0)], ids)}
+    if args.season:                                 # of the next row; before the window begins: the last one
+        ago = torch.where(rows + 1 < args.season, rows, rows + 1 - args.season)
+        said["season"] = last[:, ago], ids[:, ago]
+    return said
+
+
+def examine(model, table, errors, cells, args):
+    """Print what the test split comes to. Returns what results.json keeps of it; a curve to draw, as the name
+    of its axis, the cases along it and {method: means}; and windows to draw, as a Batch, which of its cells
+    had to be guessed, (B, T, F) bool, and {method: guesses (B, T, N)}."""
+    schema, steps, sums = table.schema, max(args.horizons), {}
+    windows = table.starts("test", args.eval_stride or max(1, table.seq_len // 4))
+    length = (windows[:, 1] - windows[:, 0]).clamp(max=table.seq_len)
+    windows = windows[length >= args.given + steps]
+    windows = windows[::1 + len(windows) * (args.given + steps) // 16_384]      # evenly, as many as fit
+    batch = table.batch(windows).rows(0, args.given + steps)
+    given, future = batch.rows(0, args.given), batch.rows(args.given, None)
+    said = {name: model.rollout(given, future.clock, steps, None if name == "model" else
+                                lambda inputs: baselines(inputs, args)[name]) for name in errors}
+    targets = Targets(future.numeric, future.categorical, scorable(future.observed, future.categorical))
+    targets, _ = within_clip(targets, schema.clip)
+    for name, rows in said.items():
+        tally(sums, name, rows.numeric, rows.categorical, targets, dim=0)       # (2, steps, F): a case a step
+    places = [j for j, name in enumerate(schema.numeric) if name.startswith("planet") and name[-1] in "xy"]
+    one, ahead = (judge(*sums, schema, places) for sums in ((errors, cells), (sums, targets.score.sum(0))))
+    print_table("mean squared error, scaled", {"next row": 0}, one, "mse")
+    print_table("accuracy of categories", {"next row": 0}, one, "accuracy")
+    horizons = {f"{h} ahead": h - 1 for h in args.horizons}
+    print_table(f"rolled out from row {args.given}", horizons, ahead, "mse")
+    test = {name: {"next_mse": one[name]["mse"][0], "next_accuracy": one[name]["accuracy"][0],
+                   "rollout_mse": [ahead[name]["mse"][h - 1] for h in args.horizons]} for name in errors}
+    asked = (torch.arange(args.given + steps) >= args.given)[None, :, None].expand_as(batch.observed)
+    guesses = {name: torch.cat([given.numeric, rows.numeric], dim=1) for name, rows in said.items()}
+    some = slice(len(windows) // 2, len(windows) // 2 + 3)
+    return ({"horizons": args.horizons, "test": test}, ("rows ahead", range(1, steps + 1), ahead),
+            (type(batch)(*(x[some] for x in batch)), asked[some], {m: x[some] for m, x in guesses.items()}))
+
+
+# ---- from here to the end train_mlm.py and train_ar.py are the same, line for line ----
+
+EVAL_ROWS = 3072        # in an evaluation batch; fixed, so that its masks do not depend on --batch_size
+COLORS = {"model": "#0072B2", "linear": "#E69F00", "last": "#009E73", "season": "#CC79A7", "mean": "#999999",
+          "val": "#0072B2", "train": "#999999"}             # for the eyes of all (Okabe 2008)
+LOG = ("step", "train", "numeric", "categorical", "val", "lr", "norm", "cells_per_s")
+
+
+def move(tensors, device):
+    """Inputs or Targets -> the same on the device."""
+    return type(tensors)(*(t if t is None else t.to(device) for t in tensors))
+
+
+def pencil_error(table, args):
+    """(N,) root mean squared error of what is pencilled in, on some train windows: the numeric loss's unit.
+
+    So that loss starts near 1, says what share of the baseline's squared error is left, and a calm column
+    weighs as much as a wild one. The floor is for constant columns, where there is no error to divide by.
+    """
+    N, generator, square, count = len(table.schema.numeric), step_generator(0), 0.0, 0
+    batch = table.batch(table.sample("train", max(16, 2 * EVAL_ROWS // table.seq_len), generator))
+    for case in eval_cases(args):
+        inputs, targets = objective(batch, args, generator, case=case)
+        score = targets.score[..., :N]
+        square += torch.where(score, inputs.pencil - targets.numeric, 0.0).square().sum((0, 1))
+        count += score.sum((0, 1))
+    return (square / count.clamp(min=1)).sqrt().clamp(min=0.01)
+
+
+def tally(errors, name, numeric, ids, targets, dim):
+    """Add what a method got wrong to errors[name], (2, ..., F), summed over `dim` of (B, T, F): absolute and
+    squared errors, a wrong category counting 1."""
+    error = torch.cat([numeric - targets.numeric, ids != targets.categorical], dim=-1)
+    error = torch.where(targets.score, error, 0.0).cpu().double()
+    # sums, not means of batches: the last batch is smaller, and columns differ in holes
+    errors[name] = errors.get(name, 0.0) + torch.stack([error.abs().sum(dim), error.square().sum(dim)])
+
+
+def within_clip(targets, clip):
+    """Targets without the cells beyond the clip, which are no longer the truth; and how many there were."""
+    outside = targets.score & F.pad(targets.numeric.abs() >= clip, (0, targets.categorical.shape[-1]))
+    return targets._replace(score=targets.score & ~outside), int(outside.sum())
+
+
+@torch.no_grad()
+def evaluate(model, table, split, stride, unit, args, device, autocast):
+    """The model and every baseline on a whole split, the same windows and masks every time.
+
+    Returns losses (2,), numeric and categorical, the mean over the cases; errors {method: (2, cases, F)},
+    sums of absolute and of squared errors in scaled units, a wrong category counting 1; cells (cases, F), how
+    many were scored; and how many lay beyond the clip and so were scored for nobody.
+    """
+    model.eval()                                    # no dropout
+    cases, beyond = eval_cases(args), 0
+    errors = [{} for _ in cases]
+    losses, cells = torch.zeros(2), torch.zeros(len(cases), table.observed.shape[1], dtype=torch.float64)
+    for i, case in enumerate(cases):
+        generator, sums, counts = step_generator(0, i), 0.0, 0.0
+        for windows in table.starts(split, stride).split(max(1, EVAL_ROWS // table.seq_len)):
+            inputs, targets = objective(table.batch(windows), args, generator, case=case)
+            inputs, targets = move(inputs, device), move(targets, device)
+            targets, n_outside = within_clip(targets, table.schema.clip)
+            with autocast:
+                guess = model(inputs)
+            sums, counts = sums + sum_losses(guess, targets, unit, args.loss), counts + count_scored(targets)
+            for name, said in {"model": (guess.numeric, guess.ids()), **baselines(inputs, args)}.items():
+                tally(errors[i], name, *said, targets, dim=(0, 1))
+            cells[i] += targets.score.sum((0, 1)).cpu()
+            beyond += n_outside
+        losses += (sums / counts.clamp(min=1)).cpu() / len(cases)
+    model.train()
+    errors = {name: torch.stack([e[name] for e in errors], dim=1) for name in errors[0]}    # (2, cases, F)
+    return losses, errors, cells, beyond
+
+
+def judge(errors, cells, schema, numeric=None):
+    """Sums of `evaluate` -> {method: {"mse", "mae", "accuracy": the mean of each case}}, None where nothing
+    was scored; of the numeric columns only those listed in `numeric`, if any."""
+    N = len(schema.numeric)
+    def mean(sums, columns):
+        sums, counts = sums[:, columns].sum(1).tolist(), cells[:, columns].sum(1).tolist()
+        return [s / c if c else None for s, c in zip(sums, counts)]
+    numeric = numeric or slice(N)
+    return {name: {"mse": mean(square, numeric), "mae": mean(absolute, numeric),
+                   "accuracy": mean(cells - square, slice(N, None))}
+            for name, (absolute, square) in errors.items()}
+
+
+def print_table(title, cases, results, measure):
+    """A line a method: its means in `cases`, {heading: index}, and, where there are several, over all."""
+    n = len(results["model"][measure])
+    if None not in results["model"][measure]:
+        print(f"\n{title:<32}" + "".join(f"{case:>11}" for case in [*cases] + ["mean"] * (n > 1)))
+        for name, means in results.items():
+            values = [means[measure][i] for i in cases.values()] + [sum(means[measure]) / n] * (n > 1)
+            print(f"{name:<32}" + "".join(f"{value:>11.4g}" for value in values))
+
+
+def learning_rate(step, args):
+    """Linear warmup that starts above 0, then a cosine from --lr to --min_lr at the last step."""
+    if step < args.warmup_steps:
+        return args.lr * (step + 1) / args.warmup_steps
+    done = (step - args.warmup_steps) / max(1, args.max_steps - 1 - args.warmup_steps)
+    low = min(args.min_lr, args.lr)                 # --lr 1e-5 is not meant to rise to --min_lr
+    return low + (args.lr - low) * (1 + math.cos(math.pi * min(done, 1.0))) / 2
+
+
+def save(path, state):
+    """Write beside the file, then rename: whoever kills us finds the old file or the new one, never half."""
+    torch.save(state, path + ".tmp")
+    os.replace(path + ".tmp", path)
+
+
+def write_log(history, args):
+    """log.csv, a row a log step; `val` is the latest evaluation at or before it."""
+    with open(os.path.join(args.out_dir, "log.csv"), "w", newline="") as file:
+        writer = csv.DictWriter(file, LOG)
+        writer.writeheader()
+        writer.writerows(history)
+
+
+def load_checkpoint(path):
+    """Only tensors and plain Python are read (weights_only), so a checkpoint cannot run code."""
+    if not os.path.exists(path):
+        fail(f"{path}: no such checkpoint; --resume goes on from an earlier run with the same --out_dir")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        if {"model", "optimizer", "scaler", "step", "best", "history", "args", "schema"} <= set(checkpoint):
+            return checkpoint
+    except Exception:           # half a file and a foreign one raise half a dozen kinds of error
+        pass
+    fail(f"{path}: cannot be read as a checkpoint of {SCRIPT}.py")
+
+
+def parse(argv):
+    """Flags, and the checkpoint to go on from, or None. On --resume its flags become the defaults."""
+    parser = get_parser()
+    args, checkpoint = parser.parse_args(argv), None
+    if args.resume:
+        checkpoint = load_checkpoint(os.path.join(args.out_dir, "last.pt"))
+        was = {name: value for name, value in checkpoint["args"].items() if name not in ("resume", "out_dir")}
+        parser.set_defaults(**was)                      # a flag given now still wins
+        args = parser.parse_args(argv)
+        for name, value in was.items():
+            if getattr(args, name) != value:
+                print(f"--{name} {getattr(args, name)} overrides {value} of the checkpoint")
+    return args, checkpoint
+
+
+def pick_device(args, world):
+    """Returns the device, and the name of autocast's dtype."""
+    name = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
+    if name == "cuda" and world > 1:                    # each process of torchrun has a GPU of its own
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).item()            # asking is the only way to know
+    except (RuntimeError, AssertionError) as e:
+        fail(f"--device {args.device} cannot be used here ({str(e).splitlines()[0]})")
+    best = "float32"
+    if device.type == "cuda":
+        torch.cuda.set_device(device)                   # where NCCL works, too
+        best = "bfloat16" if torch.cuda.get_device_capability(device) >= (8, 0) else "float16"
+    return device, best if args.dtype == "auto" else args.dtype
+
+
+def restore(checkpoint, model, optimizer, scaler, schema, args):
+    """Put a checkpoint back, if it is one of this table and of this model."""
+    path = os.path.join(args.out_dir, "last.pt")
+    if checkpoint["schema"] != schema:
+        fail(f"{path} was trained on another table than {args.data}: columns, scales or categories differ")
+    for name in ("n_layer", "n_head", "n_embd"):
+        if getattr(args, name) != checkpoint["args"][name]:
+            fail(f"{path} holds a model of another shape: --{name} must stay {checkpoint['args'][name]}")
+    model.load_state_dict(checkpoint["model"])
+    # what Adam remembers comes from the checkpoint, its settings from the flags
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": checkpoint["optimizer"]["state"]})
+    if checkpoint["scaler"]:                            # empty unless float16 was used
+        scaler.load_state_dict(checkpoint["scaler"])
+
+
+def draw_windows(plt, schema, batch, asked, guesses):
+    """A figure of windows, a Batch, of what was asked, (B, T, F) bool, and of {method: guesses (B, T, N)}: in
+    the plane where columns are named _x and _y, else the four columns of window 0 that move most."""
+    names, rows = schema.numeric, np.arange(batch.valid.shape[1])
+    planes = [(name, name[:-1] + "y") for name in names if name[-2:] == "_x" and name[:-1] + "y" in names]
+    moves = window_scale(batch.numeric, batch.observed[..., :len(names)])[1][0, 0]             # (N,)
+    moves = (moves * asked[0, :, :len(names)].any(dim=0)).argsort(descending=True)[:4].tolist()
+    panels = [(b, planes) for b in range(len(asked))] if planes else [(0, [(None, names[j])]) for j in moves]
+    shape = (1, len(panels)) if planes else (len(panels), 1)
+    figure, axes = plt.subplots(*shape, figsize=(9, 3.6 if planes else 1.9 * len(panels)), squeeze=False,
+                                sharex=not planes)
+    seen, asked = ((batch.observed & mask)[..., :len(names)].numpy() for mask in (~asked, asked))
+    layers = [("seen", batch.numeric, seen, dict(marker=".", color="black", ms=4)),
+              ("truth", batch.numeric, asked, dict(marker="o", color="black", mfc="none", ms=5))]
+    layers += [(name, x, asked, dict(marker="x" if name != "model" else ".", color=COLORS[name], ms=5))
+               for name, x in guesses.items() if name == "model" or not planes]
+    for axis, (b, curves) in zip(axes.flat, panels):
+        for label, numeric, here, look in layers:
+            values = schema.decode(numeric[b], batch.categorical[b])
+            for across, up in curves:
+                mask = here[b, :, names.index(up)]
+                axis.plot((rows if across is None else values[across])[mask], values[up][mask], ls="",
+                          label=label if up == curves[0][1] else None, **look)
+        axis.set_ylabel(curves[0][1].replace("$", r"\$") if not planes else "y")   # no TeX in column names
+        if planes:
+            axis.set_aspect("equal")
+    axes[-1, 0].set_xlabel("x" if planes else "row of the window")
+    axes[0, 0].legend(ncols=4, loc="lower left", bbox_to_anchor=(0, 1), frameon=False)
+    return figure
+
+
+def draw_lines(plt, x, lines, **labels):
+    """A figure of {name: y} over x, y on a logarithmic scale."""
+    figure, axis = plt.subplots(figsize=(7, 4))
+    for name, y in lines.items():
+        axis.plot(x, y, marker="." if len(x) < 50 else None, color=COLORS[name], label=name)
+    axis.set(yscale="log", **labels)
+    axis.legend(frameon=False)
+    return figure
+
+
+def conclude(model, table, unit, args, device, autocast, history, facts):
+    """The test split, read once, with the best weights: tables on the screen, results.json and pictures."""
+    model.load_state_dict(load_checkpoint(os.path.join(args.out_dir, "best.pt"))["model"])
+    stride = args.eval_stride or max(1, table.seq_len // 4)
+    _, errors, cells, beyond = evaluate(model, table, "test", stride, unit, args, device, autocast)
+    results = {"script": SCRIPT, "data": args.data, **facts, "seed": args.seed}
+    kept, (axis, cases, curves), drawn = examine(model, table, errors, cells, args)
+    results.update(kept)
+    with open(os.path.join(args.out_dir, "results.json"), "w") as file:
+        json.dump(results, file, indent=1)
+
+    schema = table.schema
+    print(f"\n{'mean absolute error, own units':<32}" + "".join(f"{name:>11}" for name in errors))
+    for j, (name, scale) in enumerate(zip(schema.numeric + schema.categorical,
+                                          schema.scale + [1.0] * len(schema.categorical))):
+        if cells[:, j].any():
+            means = [float((e[0, :, j] / cells[:, j].clamp(min=1)).mean()) * scale for e in errors.values()]
+            name += " (share wrong)" if j >= len(schema.numeric) else ""
+            print(f"{name:<32}" + "".join(f"{value:>11.4g}" for value in means))
+    if beyond:
+        print(f"beyond --clip {schema.clip:g} and so scored for nobody, over all windows and rates: {beyond}")
+
+    try:
+        import matplotlib
+        matplotlib.use("Agg")                                       # files, no window
+        import matplotlib.pyplot as plt
+    except ImportError:
+        print("no pictures without matplotlib: pip install matplotlib")
+        return
+    steps = [row["step"] for row in history]
+    losses = {name: [row[name] for row in history] for name in ("train", "val")}
+    curves = {name: means["mse"] for name, means in curves.items()}
+    figures = {
+        "loss.png": draw_lines(plt, steps, losses, xlabel="step", ylabel="loss"),
+        "errors.png": draw_lines(plt, cases, curves, xlabel=axis, ylabel="mean squared error, scaled"),
+        "window.png": draw_windows(plt, table.schema, *drawn)}
+    for name, figure in figures.items():
+        figure.savefig(os.path.join(args.out_dir, name), dpi=120, bbox_inches="tight")
+        plt.close(figure)
+        print(f"wrote {os.path.join(args.out_dir, name)}")
+
+
+def main(argv=None):
+    """Train, then judge on the test split. Returns the rows of log.csv."""
+    args, checkpoint = parse(argv)
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))      # of torchrun
+    device, dtype = pick_device(args, world)
+    autocast = nullcontext() if dtype == "float32" else torch.autocast(device.type, getattr(torch, dtype))
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == "float16")      # else float16 underflows
+    table = load_table(args)
+    check(args, table)
+    schema, n_numeric = asdict(table.schema), len(table.schema.numeric)
+    unit = pencil_error(table, args).to(device)                                 # (N,) of the numeric loss
+    weight = torch.tensor([1.0, args.category_weight], device=device)
+    config = Config(n_numeric, table.schema.vocab_sizes(), table.clock.shape[1], table.seq_len,
+                    args.n_layer, args.n_head, args.n_embd, args.dropout, CAUSAL)
+    torch.manual_seed(args.seed)                        # the weights; the same on all ranks
+    try:
+        raw = TableTransformer(config).to(device)
+    except ValueError as e:
+        fail(str(e))
+    # weight decay draws matrices towards 0, not biases and norms
+    groups = [{"params": [p for p in raw.parameters() if p.dim() >= 2], "weight_decay": args.weight_decay},
+              {"params": [p for p in raw.parameters() if p.dim() < 2], "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=device.type in ("cpu", "cuda"))
+    step, best, val, history = 0, math.inf, math.nan, []
+    if checkpoint:
+        restore(checkpoint, raw, optimizer, scaler, schema, args)
+        step, best, history = checkpoint["step"], checkpoint["best"], checkpoint["history"]
+        val = history[-1]["val"] if history else val
+    # `model` may be wrapped for speed; `raw` owns the weights and is what is evaluated and saved
+    model = torch.compile(raw) if args.compile else raw
+    if world > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        model = torch.nn.parallel.DistributedDataParallel(model)
+    n_params = sum(p.numel() for p in raw.parameters())
+    if rank == 0:
+        try:
+            os.makedirs(args.out_dir, exist_ok=True)
+            write_log(history, args)                    # on --resume: cut back to the checkpoint
+        except OSError as e:
+            fail(f"--out_dir {args.out_dir} cannot be written ({e.strerror})")
+        print(f"{args.data}: {len(table.observed):,} rows, {n_numeric} numeric and "
+              f"{len(schema['categorical'])} categorical columns, windows of {table.seq_len} rows\n"
+              f"{n_params:,} parameters on {device} in {dtype}, from step {step} to {args.max_steps}")
+
+    began = since = time.perf_counter()
+    first = logged = step
+    running = torch.zeros(2, device=device)             # losses since the last log line; stay on the device
+    while True:
+        # evaluate and save
+        if rank == 0 and (step % args.eval_every == 0 or step >= args.max_steps):
+            losses, errors, cells, _ = evaluate(raw, table, "val", table.seq_len, unit, args, device,
+                                                autocast)
+            val = float(losses @ weight.cpu())
+            if history and history[-1]["step"] == step:
+                history[-1]["val"] = val                        # the row was logged before we knew
+            mse = {m: float((e[1, :, :n_numeric].sum(1) / cells[:, :n_numeric].sum(1).clamp(min=1)).mean())
+                   for m, e in errors.items() if n_numeric}
+            print(f"step {step:5d} | val loss {val:.4f}, numeric {losses[0]:.4f}, categorical {losses[1]:.4f}"
+                  " | mse " + ", ".join(f"{m} {value:.4f}" for m, value in mse.items()))
+            state = {"model": raw.state_dict(), "optimizer": optimizer.state_dict(),
+                     "scaler": scaler.state_dict(), "step": step, "best": min(best, val), "history": history,
+                     "args": vars(args), "schema": schema}
+            if val < best:                                      # never true of a NaN
+                best = val
+                save(os.path.join(args.out_dir, "best.pt"), state)
+            save(os.path.join(args.out_dir, "last.pt"), state)
+            write_log(history, args)
+        if step >= args.max_steps:
+            break
+
+        # one optimiser step
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, args)
+        generator = step_generator(args.seed, step, rank)
+        torch.manual_seed(generator.initial_seed())             # dropout draws from the global generator
+        windows = [table.sample("train", args.batch_size, generator) for _ in range(args.grad_accum)]
+        micro = [objective(table.batch(w), args, generator, step) for w in windows]
+        count = sum(count_scored(targets) for _, targets in micro).to(device)   # (2,) cells of the whole step
+        if world > 1:
+            dist.all_reduce(count)                              # ... and of all ranks
+        for i, (inputs, targets) in enumerate(micro):
+            model.require_backward_grad_sync = i == len(micro) - 1              # the ranks talk once a step
+            with autocast:
+                guess = model(move(inputs, device))
+            losses = sum_losses(guess, move(targets, device), unit, args.loss) / count.clamp(min=1)   # (2,)
+            scaler.scale(losses @ weight * world).backward()    # ranks average, we want the sum
+            running += losses.detach()
+        scaler.unscale_(optimizer)
+        # The one host sync of a step. The norm is that of the averaged gradients: all ranks stop, or none.
+        norm = float(torch.nn.utils.clip_grad_norm_(raw.parameters(), args.grad_clip or math.inf))
+        if not math.isfinite(norm) and (not scaler.is_enabled() or scaler.get_scale() < 1):
+            print(f"error: step {step}: the gradient norm is {norm}; stopped before the step, so last.pt and "
+                  f"best.pt in {args.out_dir} are sound", file=sys.stderr)
+            raise SystemExit(1)
+        scaler.step(optimizer)                                  # float16: leaves a non-finite step out ...
+        scaler.update()                                         # ... and halves the scale
+        optimizer.zero_grad(set_to_none=True)                   # frees the memory as well
+        step += 1
+
+        # log
+        if step % args.log_every == 0 or step in (1, args.max_steps):
+            if world > 1:
+                dist.all_reduce(running)                        # each rank holds its share of the mean
+            now, n = time.perf_counter(), step - logged
+            numeric, categorical = (running / n).tolist()       # the mean over the steps since then
+            n_cells = n * world * args.grad_accum * args.batch_size * table.seq_len * table.observed.shape[1]
+            minutes = (args.max_steps - step) * (now - began) / (step - first) / 60
+            row = dict(zip(LOG, (step, float(running @ weight) / n, numeric, categorical, val, group["lr"],
+                                 norm, n_cells / (now - since))))
+            history.append(row)
+            if rank == 0:
+                print(f"step {step:5d} | loss {row['train']:.4f}, numeric {numeric:.4f}, categorical "
+                      f"{categorical:.4f} | lr {row['lr']:.1e}, norm {norm:.2f}, {row['cells_per_s']:,.0f} "
+                      f"cells/s, {minutes:.1f} min left", flush=True)
+            since, logged = now, step
+            running.zero_()
+
+    if world > 1:
+        dist.barrier()                                          # leave together: who leaves alone may hang
+        dist.destroy_process_group()
+    if rank == 0:
+        facts = {"steps": step, "seconds": round(time.perf_counter() - began, 1), "n_params": n_params}
+        conclude(raw, table, unit, args, device, autocast, history, facts)
+    return history
+
+
+if __name__ == "__main__":
+    main()
