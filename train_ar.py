@@ -5,7 +5,7 @@ Autoregression on a table that changes over time: see the rows so far, learn to 
     python train_ar.py --noise 0                            # the mistake of training on true rows alone
     python train_ar.py --data my.csv --given 72             # your own file; 72 rows before a roll-out
     python train_ar.py --data my.csv --given 72 --season 24     # one more rival: the value of 24 rows ago
-    python train_ar.py --resume --max_steps 2400            # go on from out/train_ar/last.pt
+    python train_ar.py --resume --max_steps 4000            # go on from out/train_ar/last.pt
     torchrun --standalone --nproc_per_node=2 train_ar.py    # two processes, or two GPUs
 
 Above the marker line stands what is particular to the objective; from there on train_mlm.py and train_ar.py
@@ -62,7 +62,7 @@ def get_parser():
     add = parser.add_argument_group("optimisation").add_argument
     add("--batch_size", type=size, default=32, help="windows in a forward pass")
     add("--grad_accum", type=size, default=1, help="forward passes in a step")
-    add("--max_steps", type=count, default=1200, help="optimiser steps")
+    add("--max_steps", type=count, default=2000, help="optimiser steps")
     add("--lr", type=number(float, 0), default=1e-3, help="peak learning rate of AdamW")
     add("--min_lr", type=number(float, 0), default=5e-5, help="learning rate at the end of the cosine")
     add("--warmup_steps", type=count, default=100, help="linear warmup")
