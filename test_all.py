@@ -805,6 +805,20 @@ def test_flags_run(flags, toy_csv, tmp_path, capsys):
     assert "pip install matplotlib" in capsys.readouterr().out and not list(tmp_path.glob("*.png"))
 
 
+@pytest.mark.parametrize("script", [train_mlm, train_ar])
+def test_a_table_without_numbers_is_trained_and_drawn(script, toy_csv, tmp_path):
+    train(toy_csv, tmp_path, "--drop_cols", "wave", "mirror", script=script, pictures=True)
+    assert len(list(tmp_path.glob("*.png"))) == 3
+
+
+@pytest.mark.parametrize("script", [train_mlm, train_ar])
+def test_planets_are_drawn_in_the_plane(script, tmp_path, monkeypatch):
+    monkeypatch.setitem(data.SIMULATIONS, "planets", lambda: data.simulate_planets(20))
+    train("planets", tmp_path, "--seq_len", "20", script=script, pictures=True)
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["test"]["model"] and (tmp_path / "window.png").stat().st_size > 5000
+
+
 def test_help_lists_every_flag_with_help_and_default():
     parser = train_mlm.get_parser()
     text = re.sub(r"\s+", " ", parser.format_help())

@@ -350,9 +350,9 @@ def draw_windows(plt, schema, batch, asked, guesses):
     moves = window_scale(batch.numeric, batch.observed[..., :len(names)])[1][0, 0]             # (N,)
     moves = (moves * asked[0, :, :len(names)].any(dim=0)).argsort(descending=True)[:4].tolist()
     panels = [(b, planes) for b in range(len(asked))] if planes else [(0, [(None, names[j])]) for j in moves]
-    shape = (1, len(panels)) if planes else (len(panels), 1)
-    figure, axes = plt.subplots(*shape, figsize=(9, 3.6 if planes else 1.9 * len(panels)), squeeze=False,
-                                sharex=not planes)
+    n = max(1, len(panels))
+    figure, axes = plt.subplots(*((1, n) if planes else (n, 1)), figsize=(9, 3.2 if planes else 1.9 * n),
+                                squeeze=False, sharex=not planes, layout="constrained")
     seen, asked = ((batch.observed & mask)[..., :len(names)].numpy() for mask in (~asked, asked))
     layers = [("seen", batch.numeric, seen, dict(marker=".", color="black", ms=4)),
               ("truth", batch.numeric, asked, dict(marker="o", color="black", mfc="none", ms=5))]
@@ -365,11 +365,13 @@ def draw_windows(plt, schema, batch, asked, guesses):
                 mask = here[b, :, names.index(up)]
                 axis.plot((rows if across is None else values[across])[mask], values[up][mask], ls="",
                           label=label if up == curves[0][1] else None, **look)
-        axis.set_ylabel(curves[0][1].replace("$", r"\$") if not planes else "y")   # no TeX in column names
         if planes:
-            axis.set_aspect("equal")
-    axes[-1, 0].set_xlabel("x" if planes else "row of the window")
-    axes[0, 0].legend(ncols=4, loc="lower left", bbox_to_anchor=(0, 1), frameon=False)
+            axis.set(aspect="equal", xlabel="x", ylabel="y")
+        else:
+            axis.set_ylabel(curves[0][1].replace("$", r"\$"))                   # no TeX in column names
+    if not planes:
+        axes[-1, 0].set_xlabel("row of the window")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), ncols=5, loc="outside upper left", frameon=False)
     return figure
 
 
