@@ -290,6 +290,24 @@ def sum_losses(guess, targets, unit, loss="mse"):
     return torch.stack([total, entropy])
 
 
+def first_non_finite(model, inputs):
+    """The name of the first module whose output for these Inputs is not all finite, or None."""
+    found = []
+
+    def look(name):
+        def hook(module, given, output):
+            parts = [output] if isinstance(output, torch.Tensor) else [output.numeric, *output.logits]
+            if not all(x.isfinite().all() for x in parts):
+                found.append(name or "the heads' sum with the pencil")
+        return hook
+    hooks = [module.register_forward_hook(look(name)) for name, module in model.named_modules()]
+    with torch.no_grad():
+        model(inputs)
+    for hook in hooks:
+        hook.remove()
+    return found[0] if found else None
+
+
 # -----------------------------------------------------------------------------
 # what this file prints when run by itself
 

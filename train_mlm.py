@@ -12,16 +12,18 @@ Above the marker line stands what is particular to the objective; from there on 
 are the same, line for line. `diff train_mlm.py train_ar.py` shows what an objective is.
 """
 import argparse
-import csv
 import json
 import math
 import os
+import signal
 import sys
 import time
 from contextlib import nullcontext
 from dataclasses import asdict
+from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -29,7 +31,7 @@ import torch.nn.functional as F
 from data import add_arguments, fail, load_table, number, step_generator
 from masking import (Targets, bert_style_masking, create_inputs, create_masks, get_mask_probability,
                      pencil_category, pencil_in, scorable)
-from model import Config, TableTransformer, count_scored, sum_losses, window_scale
+from model import Config, TableTransformer, count_scored, first_non_finite, sum_losses, window_scale
 
 SCRIPT = "train_mlm"
 
@@ -268,18 +270,21 @@ def learning_rate(step, args):
     return low + (args.lr - low) * (1 + math.cos(math.pi * min(done, 1.0))) / 2
 
 
-def save(path, state):
+def replace_file(path, write):
     """Write beside the file, then rename: whoever kills us finds the old file or the new one, never half."""
-    torch.save(state, path + ".tmp")
-    os.replace(path + ".tmp", path)
+    try:
+        write(path + ".tmp")
+        os.replace(path + ".tmp", path)
+    except (OSError, RuntimeError) as e:                # RuntimeError: torch, where the disk is full
+        if os.path.exists(path + ".tmp"):
+            os.remove(path + ".tmp")
+        fail(f"{path} cannot be written ({str(e).splitlines()[0]}); what was there before is kept")
 
 
 def write_log(history, args):
     """log.csv, a row a log step; `val` is the latest evaluation at or before it."""
-    with open(os.path.join(args.out_dir, "log.csv"), "w", newline="") as file:
-        writer = csv.DictWriter(file, LOG)
-        writer.writeheader()
-        writer.writerows(history)
+    table = pd.DataFrame(history, columns=LOG)
+    replace_file(os.path.join(args.out_dir, "log.csv"), lambda path: table.to_csv(path, index=False))
 
 
 def load_checkpoint(path):
@@ -325,6 +330,23 @@ def pick_device(args, world):
         torch.cuda.set_device(device)                   # where NCCL works, too
         best = "bfloat16" if torch.cuda.get_device_capability(device) >= (8, 0) else "float16"
     return device, best if args.dtype == "auto" else args.dtype
+
+
+def explain(model, micro, windows, table, device, autocast):
+    """Where a non-finite gradient may come from: lines for stderr."""
+    numeric = torch.cat([inputs.numeric for inputs, _ in micro]).flatten(0, 1)              # (B*T, N)
+    size = torch.where(numeric.isfinite(), numeric.abs(), math.inf)
+    lost = [name for name, p in model.named_parameters() if not p.grad.isfinite().all()]
+    with autocast:                                      # the same batch once more, watched
+        first = [first_non_finite(model, move(inputs, device)) for inputs, _ in micro]
+    for j in size.amax(dim=0).argsort(descending=True)[:3].tolist():
+        window, t = divmod(int(size[:, j].argmax()), table.seq_len)
+        row = int(torch.cat(windows)[window, 0]) + t
+        name = table.schema.numeric[j]
+        yield f"{name}: up to {size[:, j].max():.3g} scaled, in row {row} of the sorted table"
+    yield f"gradients not finite: {len(lost)} parameters, the first of them {', '.join(lost[:3])}"
+    yield f"first output not finite: {next(filter(None, first), 'none, so it is the loss or the way back')}"
+    yield "look at these rows; try a lower --lr or --clip, more --warmup_steps, --dtype float32; --resume"
 
 
 def restore(checkpoint, model, optimizer, scaler, schema, args):
@@ -393,8 +415,8 @@ def conclude(model, table, unit, args, device, autocast, history, facts):
     results = {"script": SCRIPT, "data": args.data, **facts, "seed": args.seed}
     kept, (axis, cases, curves), drawn = examine(model, table, errors, cells, args)
     results.update(kept)
-    with open(os.path.join(args.out_dir, "results.json"), "w") as file:
-        json.dump(results, file, indent=1)
+    replace_file(os.path.join(args.out_dir, "results.json"),
+                 lambda path: Path(path).write_text(json.dumps(results, indent=1)))
 
     schema = table.schema
     print(f"\n{'mean absolute error, own units':<32}" + "".join(f"{name:>11}" for name in errors))
@@ -464,13 +486,30 @@ def main(argv=None):
     if rank == 0:
         try:
             os.makedirs(args.out_dir, exist_ok=True)
-            write_log(history, args)                    # on --resume: cut back to the checkpoint
         except OSError as e:
-            fail(f"--out_dir {args.out_dir} cannot be written ({e.strerror})")
+            fail(f"--out_dir {args.out_dir} cannot be made ({e.strerror})")
+        write_log(history, args)                        # on --resume: cut back to the checkpoint
         print(f"{args.data}: {len(table.observed):,} rows, {n_numeric} numeric and "
               f"{len(schema['categorical'])} categorical columns, windows of {table.seq_len} rows\n"
               f"{n_params:,} parameters on {device} in {dtype}, from step {step} to {args.max_steps}")
 
+    def keep(*names):
+        """Save the run as it stands, and log.csv with it, so that the two always agree."""
+        state = {"model": raw.state_dict(), "optimizer": optimizer.state_dict(),
+                 "scaler": scaler.state_dict(), "step": step, "best": best, "history": history,
+                 "args": vars(args), "schema": schema}
+        for name in names:
+            replace_file(os.path.join(args.out_dir, name), lambda path: torch.save(state, path))
+        write_log(history, args)
+
+    def interrupt(*_):
+        """The first Ctrl-C is noted, and the step brought to its end; the second is what it always was."""
+        nonlocal interrupted
+        interrupted = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    interrupted, code = False, 0
+    signal.signal(signal.SIGINT, interrupt)
     began = since = time.perf_counter()
     first = logged = step
     running = torch.zeros(2, device=device)             # losses since the last log line; stay on the device
@@ -486,14 +525,10 @@ def main(argv=None):
                    for m, e in errors.items() if n_numeric}
             print(f"step {step:5d} | val loss {val:.4f}, numeric {losses[0]:.4f}, categorical {losses[1]:.4f}"
                   " | mse " + ", ".join(f"{m} {value:.4f}" for m, value in mse.items()))
-            state = {"model": raw.state_dict(), "optimizer": optimizer.state_dict(),
-                     "scaler": scaler.state_dict(), "step": step, "best": min(best, val), "history": history,
-                     "args": vars(args), "schema": schema}
             if val < best:                                      # never true of a NaN
                 best = val
-                save(os.path.join(args.out_dir, "best.pt"), state)
-            save(os.path.join(args.out_dir, "last.pt"), state)
-            write_log(history, args)
+                keep("best.pt")
+            keep("last.pt")
         if step >= args.max_steps:
             break
 
@@ -504,23 +539,29 @@ def main(argv=None):
         torch.manual_seed(generator.initial_seed())             # dropout draws from the global generator
         windows = [table.sample("train", args.batch_size, generator) for _ in range(args.grad_accum)]
         micro = [objective(table.batch(w), args, generator, step) for w in windows]
-        count = sum(count_scored(targets) for _, targets in micro).to(device)   # (2,) cells of the whole step
+        count = sum(count_scored(targets) for _, targets in micro)              # (2,) cells of the whole step
+        count = torch.cat([count, torch.tensor([float(interrupted)])]).to(device)
         if world > 1:
-            dist.all_reduce(count)                              # ... and of all ranks
+            dist.all_reduce(count)                              # ... of all ranks; and who was interrupted
         for i, (inputs, targets) in enumerate(micro):
             model.require_backward_grad_sync = i == len(micro) - 1              # the ranks talk once a step
             with autocast:
                 guess = model(move(inputs, device))
-            losses = sum_losses(guess, move(targets, device), unit, args.loss) / count.clamp(min=1)   # (2,)
+            losses = sum_losses(guess, move(targets, device), unit, args.loss) / count[:2].clamp(min=1)
             scaler.scale(losses @ weight * world).backward()    # ranks average, we want the sum
             running += losses.detach()
         scaler.unscale_(optimizer)
         # The one host sync of a step. The norm is that of the averaged gradients: all ranks stop, or none.
         norm = float(torch.nn.utils.clip_grad_norm_(raw.parameters(), args.grad_clip or math.inf))
         if not math.isfinite(norm) and (not scaler.is_enabled() or scaler.get_scale() < 1):
-            print(f"error: step {step}: the gradient norm is {norm}; stopped before the step, so last.pt and "
-                  f"best.pt in {args.out_dir} are sound", file=sys.stderr)
-            raise SystemExit(1)
+            if rank == 0:
+                keep("last.pt")                                 # of the last good step
+            if rank == 0 or not losses.isfinite().all():        # whose batch was it?
+                print(f"error: step {step}, rank {rank}: the gradient norm is {norm}; stopped before the "
+                      f"step, so last.pt and best.pt in {args.out_dir} are sound",
+                      *explain(raw, micro, windows, table, device, autocast), sep="\n  ", file=sys.stderr)
+            code = 1
+            break
         scaler.step(optimizer)                                  # float16: leaves a non-finite step out ...
         scaler.update()                                         # ... and halves the scale
         optimizer.zero_grad(set_to_none=True)                   # frees the memory as well
@@ -543,10 +584,22 @@ def main(argv=None):
                       f"cells/s, {minutes:.1f} min left", flush=True)
             since, logged = now, step
             running.zero_()
+        if count[2] > 0:                                        # of any rank: they stop at the same step
+            if rank == 0:
+                keep("last.pt")
+                print(f"stopped at step {step}; go on: python {SCRIPT}.py --resume --out_dir {args.out_dir}")
+            code = 130                                          # as the shell says of Ctrl-C
+            break
 
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     if world > 1:
-        dist.barrier()                                          # leave together: who leaves alone may hang
+        # Leave together, and the wrapper before its process group: it would take that along while it holds
+        # Python's lock, for which the group's own thread waits
+        dist.barrier()
+        model = None
         dist.destroy_process_group()
+    if code:
+        raise SystemExit(code)
     if rank == 0:
         facts = {"steps": step, "seconds": round(time.perf_counter() - began, 1), "n_params": n_params}
         conclude(raw, table, unit, args, device, autocast, history, facts)
