@@ -1,6 +1,7 @@
 """
 Every promise of this repository, executable.
 
+    python test_all.py zoo                          # 27 ways to a NaN, the naive form beside ours
     python -m pytest test_all.py                    # under a minute and a half on two cores
     NANOTAB_SLOW=1 python -m pytest test_all.py     # also what is slow
     ETTH1=ETTh1.csv python -m pytest test_all.py    # also the published protocol on a real table
@@ -8,14 +9,21 @@ Every promise of this repository, executable.
 Where a test guards against a well-known mistake it runs the mistake too, and shows that it fails.
 """
 import argparse
+import contextlib
 import difflib
+import functools
+import io
 import json
 import math
 import os
+import pickle
 import re
 import shlex
+import signal
 import subprocess
 import sys
+import tempfile
+import time
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +40,7 @@ import train_mlm
 from data import Batch, load_table, step_generator
 from masking import create_inputs, create_masks, pencil_in
 
+NAN = math.nan
 UNIT = torch.tensor([0.5, 1.0, 2.0])
 ROOT = Path(__file__).parent
 slow = pytest.mark.skipif(not os.environ.get("NANOTAB_SLOW"), reason="slow: set NANOTAB_SLOW=1")
@@ -729,30 +738,98 @@ def test_resume_ends_with_the_same_bits(finished, toy_csv, tmp_path, monkeypatch
     assert state["optimizer"]["param_groups"][0]["weight_decay"] == 0.5
 
 
-def test_a_non_finite_gradient_stops_before_the_step(toy_csv, tmp_path, monkeypatch, capsys):
-    real, calls, models = train_mlm.sum_losses, [], []
-    def poisoned(*a):
-        calls.append(torch.is_grad_enabled())
-        return real(*a) * (math.nan if sum(calls) == 4 else 1)                  # the fourth training step
+def test_a_non_finite_gradient_stops_before_the_step_and_says_why(toy_csv, tmp_path, monkeypatch, capsys):
+    real, models, seen = train_mlm.objective, [], []
+    def poisoned(batch, args, generator, step=None, case=None):
+        inputs, targets = real(batch, args, generator, step, case)
+        if step == 3 and case is None:                      # a NaN in `mirror` that has slipped past the door
+            at = (inputs.shown[..., 1] & inputs.known[..., 1]).nonzero()[0].tolist()
+            inputs.numeric[at[0], at[1], 1] = NAN
+            seen.append(batch.numeric[at[0], at[1], 1])
+        return inputs, targets
     class Kept(model.TableTransformer):
         def __init__(self, config):
             super().__init__(config)
             models.append(self)
-    monkeypatch.setattr(train_mlm, "sum_losses", poisoned)
+    monkeypatch.setattr(train_mlm, "objective", poisoned)
     monkeypatch.setattr(train_mlm, "TableTransformer", Kept)
     with pytest.raises(SystemExit) as stopped:
-        train(toy_csv, tmp_path, "--max_steps", "8")
-    assert stopped.value.code == 1 and "step 3" in capsys.readouterr().err
+        train(toy_csv, tmp_path, *EIGHT)
+    message = capsys.readouterr().err
+    assert stopped.value.code == 1 and "step 3" in message and "mirror: up to inf" in message
+    row = int(re.search(r"mirror: .* in row (\d+)", message)[1])
+    table = load_table(data_args("--data", toy_csv, "--seq_len", 16))
+    assert table.numeric[row, 1] == seen[0]                                     # that very cell
+    assert "first output not finite: embed" in message and "embed.weight" in message and "--resume" in message
     for x in (*models[0].parameters(), *weights(tmp_path).values()):            # in memory and on disk
         assert torch.isfinite(x).all()
+    assert torch.load(tmp_path / "last.pt", weights_only=True)["step"] == 3     # nothing of it is lost
     monkeypatch.undo()
     train_mlm.main(["--resume", "--out_dir", str(tmp_path)])
-    # naive: clip first, ask later. One NaN makes every gradient NaN, and after the step every weight
-    p = [torch.nn.Parameter(torch.ones(2)) for _ in range(3)]
-    for x, g in zip(p, (1.0, math.nan, 1.0)):
-        x.grad = torch.full((2,), g)
-    torch.nn.utils.clip_grad_norm_(p, 1.0)
-    assert all(x.grad.isnan().all() for x in p)
+    whole = tmp_path / "whole"
+    train(toy_csv, whole, *EIGHT)
+    assert same_bits(weights(tmp_path), weights(whole))
+
+
+def test_the_first_module_that_breaks_is_found():
+    batch, net = random_batch(), random_model()
+    inputs = create_inputs(batch, batch.observed, False)
+    assert model.first_non_finite(net, inputs) is None
+    with torch.no_grad():
+        net.blocks[1].mlp.fc.weight[0, 0] = math.inf
+    assert model.first_non_finite(net, inputs) == "blocks.1.mlp.fc"
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(finished, toy_csv, tmp_path, monkeypatch, capsys):
+    real = train_mlm.objective
+    def press(batch, args, generator, step=None, case=None):
+        if step == 4:
+            os.kill(os.getpid(), signal.SIGINT)             # in the middle of a step
+        return real(batch, args, generator, step, case)
+    monkeypatch.setattr(train_mlm, "objective", press)
+    with pytest.raises(SystemExit) as stopped:
+        train(toy_csv, tmp_path, *EIGHT)
+    said = capsys.readouterr().out.splitlines()[-1]
+    assert stopped.value.code == 130 and f"--resume --out_dir {tmp_path}" in said
+    assert torch.load(tmp_path / "last.pt", weights_only=True)["step"] == 5     # between two evaluations
+    monkeypatch.undo()
+    train_mlm.main(shlex.split(said.split(".py ")[1]))
+    assert same_bits(weights(finished[0]), weights(tmp_path))
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.mark.parametrize("kills", [1, pytest.param(30, marks=slow)])
+def test_killed_at_any_moment(kills, toy_csv, tmp_path):
+    """SIGKILL at random moments of a run that saves at every step: it goes on and ends with the same bits."""
+    rng, out = np.random.default_rng(kills), tmp_path / "killed"
+    flags = [*SMALL, "--max_steps", str(40 * kills), "--eval_every", "1", "--data", toy_csv]
+    command = [sys.executable, "train_mlm.py", "--out_dir", str(out)]
+    for kill in range(kills + 1):
+        last = out / "last.pt"
+        was = last.stat().st_mtime_ns if last.exists() else 0
+        run = subprocess.Popen([*command, *(["--resume"] if was else flags)], cwd=ROOT,
+                               stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        if kill < kills:
+            while not last.exists() or last.stat().st_mtime_ns == was:          # until it saves
+                assert run.poll() is None, run.stderr.read()
+                time.sleep(0.005)
+            time.sleep(rng.random() / 5)
+            run.kill()
+        assert run.wait(timeout=300) in (-signal.SIGKILL, 0), run.stderr.read()
+    train(toy_csv, tmp_path / "whole", *flags)
+    assert same_bits(weights(out), weights(tmp_path / "whole"))
+    assert not list(out.glob("*.tmp"))
+
+
+def test_a_full_disk_is_one_sentence_and_loses_nothing(finished, toy_csv, tmp_path):
+    before = {f.name: f.read_bytes() for f in finished[0].glob("*.pt")}
+    for name, content in before.items():
+        (tmp_path / name).write_bytes(content)
+    code = ("import resource, train_mlm; resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)); "
+            f"train_mlm.main(['--resume', '--max_steps', '10', '--out_dir', {str(tmp_path)!r}])")
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 2 and "cannot be written" in run.stderr and "Traceback" not in run.stderr
+    assert before == {f.name: f.read_bytes() for f in tmp_path.glob("*.pt*")}   # and no half file beside them
 
 
 OBJECTIVE = train_mlm.objective
@@ -930,6 +1007,20 @@ def test_a_checkpoint_of_another_table_or_none_is_refused_and_kept(finished, toy
     refused(["--resume", "--out_dir", tmp_path], capsys, "cannot be read")
 
 
+def test_a_checkpoint_cannot_run_code(tmp_path, capsys):
+    class Malicious:
+        def __reduce__(self):
+            return os.system, (f"touch {tmp_path}/owned",)
+    for write in (lambda path: torch.save({"model": Malicious()}, path),
+                  lambda path: path.write_bytes(pickle.dumps(Malicious(), protocol=2))):
+        write(tmp_path / "last.pt")
+        refused(["--resume", "--out_dir", tmp_path], capsys, "cannot be read")
+    assert not (tmp_path / "owned").exists()
+    with contextlib.suppress(Exception):                    # naive
+        torch.load(tmp_path / "last.pt", weights_only=False)
+    assert (tmp_path / "owned").exists()
+
+
 # -----------------------------------------------------------------------------
 # as a user would
 
@@ -985,17 +1076,82 @@ def test_linear_interpolation_on_etth1_gives_the_published_numbers(tmp_path):
     assert results["test"]["linear"]["mse"] == pytest.approx([0.0845, 0.0996, 0.1231, 0.1644], rel=0.05)
 
 
+def torchrun(script, *flags, world=2):
+    return subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
+                           f"--nproc_per_node={world}", script, *SMALL, *map(str, flags)],
+                          cwd=ROOT, capture_output=True, text=True, timeout=100)
+
+
 @slow
 @pytest.mark.parametrize("flags", [["train_mlm.py"], ["train_mlm.py", "--drop_cols", "sign"],
                                    ["train_mlm.py", "--drop_cols", "wave", "mirror"],
                                    ["train_ar.py", *AHEAD]])
 def test_two_processes_train_one_model(flags, toy_csv, tmp_path):
-    script, *flags = flags
-    run = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-                          script, "--data", toy_csv, *SMALL, *flags, "--out_dir", str(tmp_path)],
-                         cwd=ROOT, capture_output=True, text=True, timeout=300)
+    run = torchrun(*flags, "--data", toy_csv, "--out_dir", tmp_path)
     assert run.returncode == 0, run.stderr
     assert len(pd.read_csv(tmp_path / "log.csv")) == 4 and (tmp_path / "results.json").exists()
+
+
+POISON_RANK_1 = """
+import math, os, sys, torch, train_mlm
+real, calls = train_mlm.sum_losses, []
+def poison(*a):
+    calls.append(torch.is_grad_enabled())
+    return real(*a) * (math.nan if os.environ["RANK"] == "1" and sum(calls) == 3 else 1)
+train_mlm.sum_losses = poison
+train_mlm.main(sys.argv[1:])
+"""
+
+# one step; with a single process the two ranks' batches and masks, joined
+SAVE_GRADIENT = """
+import os, sys, torch, data, train_mlm
+real_sample, real_objective, generators = data.Table.sample, train_mlm.objective, []
+def sample(self, split, size, generator):
+    if size != 4:
+        return real_sample(self, split, size, generator)
+    generators[:] = [train_mlm.step_generator(0, 0, rank) for rank in (0, 1)]
+    return torch.cat([real_sample(self, split, size, g) for g in generators])
+def objective(batch, args, generator, step=None, case=None):
+    if case is not None:
+        return real_objective(batch, args, generator, step, case)
+    halves = [real_objective(data.Batch(*(x[4 * r:4 * r + 4] for x in batch)), args, g, step)
+              for r, g in enumerate(generators)]
+    join = lambda a, b: type(a)(*(x if x is None else torch.cat((x, y)) for x, y in zip(a, b)))
+    return tuple(join(a, b) for a, b in zip(*halves))
+if os.environ["WORLD_SIZE"] == "1":
+    data.Table.sample, train_mlm.objective = sample, objective
+def clip(parameters, limit):
+    torch.save([p.grad for p in parameters], sys.argv[-1] + "/gradient" + os.environ["WORLD_SIZE"])
+    return torch.tensor(1.0)
+torch.nn.utils.clip_grad_norm_ = clip
+train_mlm.main(sys.argv[1:])
+"""
+
+
+def script_at(path, code):
+    path.write_text(f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{code}")
+    return path
+
+
+@slow
+def test_a_nan_on_one_rank_stops_both(toy_csv, tmp_path):
+    start = time.time()
+    run = torchrun(script_at(tmp_path / "poison.py", POISON_RANK_1), "--data", toy_csv, "--out_dir", tmp_path)
+    assert run.returncode != 0 and "rank 1: the gradient norm is nan" in run.stderr
+    assert "rank 0: the gradient norm is nan" in run.stderr and time.time() - start < 60
+    assert torch.load(tmp_path / "last.pt", weights_only=True)["step"] == 2
+
+
+@slow
+def test_two_processes_have_the_gradient_of_one_with_both_batches(toy_csv, tmp_path):
+    script = script_at(tmp_path / "gradient.py", SAVE_GRADIENT)
+    for world in (1, 2):
+        run = torchrun(script, "--max_steps", 1, "--data", toy_csv, "--out_dir", tmp_path, world=world)
+        assert run.returncode == 0, run.stderr
+    one, two = (torch.load(tmp_path / f"gradient{world}") for world in (1, 2))
+    assert max(g.abs().max() for g in one) > 1e-3
+    for a, b in zip(one, two):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
 
 
 @slow
@@ -1010,3 +1166,290 @@ def test_two_million_rows_fit(tmp_path):
                           "--out_dir", str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     assert int(run.stdout.split()[-1]) < 3 * 2_000_000 * 30 * 4 + 2 ** 30
+
+
+# -----------------------------------------------------------------------------
+# the zoo: 27 ways to a NaN, or to a wrong number; the naive form beside ours
+
+ZOO = {}
+
+
+def way(number, what, thread, naive, ours="finite"):
+    """The function below returns what the naive form gives and what ours gives, each as stated here."""
+    return lambda function: ZOO.update({number: (what, thread, naive, ours, function)})
+
+
+def honest(column, rate=0.5):
+    """A column of a file, through all of the shipped path: its masked loss, and its largest gradient."""
+    table = load_table(data_args("--seq_len", 8), pd.DataFrame({"x": column}))
+    batch = table.batch(table.starts("train", 8))
+    inputs, targets = train_mlm.objective(batch, mlm_args(), step_generator(0), case=rate)
+    net = model.TableTransformer(model.Config(1, [], 0, 8, 1, 2, 16))
+    sums = model.sum_losses(net(inputs), targets, torch.ones(1))
+    loss = (sums / model.count_scored(targets).clamp(min=1)).sum()
+    loss.backward()
+    return loss, max(p.grad.abs().max() for p in net.parameters() if p.grad is not None)
+
+
+@functools.cache
+def poisoned():
+    """A run whose fourth training step has a NaN for its loss: the exit code, and the weights it leaves."""
+    real, calls = train_mlm.sum_losses, []
+    def poison(*a):
+        calls.append(torch.is_grad_enabled())
+        return real(*a) * (NAN if sum(calls) == 4 else 1)
+    with tempfile.TemporaryDirectory() as out, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_mlm, "sum_losses", poison)
+        toy().to_csv(f"{out}/toy.csv", index=False)
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            with pytest.raises(SystemExit) as stopped:
+                train(f"{out}/toy.csv", out, "--max_steps", "8")
+        return stopped.value.code, weights(out)
+
+
+HOLES = [1.0, NAN, 3.0, 2.0, NAN, 1.5] * 10
+
+
+@way(1, "a NaN among the targets", "WenjieDu/PyPOTS#232", NAN)
+def _():
+    return F.mse_loss(torch.zeros(2), torch.tensor([0.0, NAN])), honest(HOLES)[0]
+
+
+@way(2, "multiplied by a mask of 0", "ecmwf/WeatherGenerator#2723", NAN)
+def _():
+    square, mask = torch.tensor([1.0, NAN]) ** 2, torch.tensor([1.0, 0.0])
+    return (square * mask).sum(), honest(HOLES)[0]
+
+
+@way(3, "cells chosen after the loss: the gradient", "pytorch/pytorch#121416", NAN)
+def _():
+    p, y = torch.zeros(2, requires_grad=True), torch.tensor([0.0, NAN])
+    F.mse_loss(p, y, reduction="none")[~y.isnan()].sum().backward()
+    return p.grad.sum(), honest(HOLES)[1]
+
+
+@way(4, "the mean of no cells", "pytorch/pytorch#50224", NAN, 0.0)
+def _():
+    return F.mse_loss(torch.zeros(0), torch.zeros(0)), honest(HOLES, rate=1e-9)[0]
+
+
+@way(5, "cross-entropy where every target is ignored", "pytorch/pytorch#116349", NAN, 0.0)
+def _():
+    batch = random_batch()
+    targets = masking.Targets(batch.numeric, batch.categorical, torch.zeros_like(batch.observed))
+    guess = random_model()(create_inputs(batch, batch.observed, False))
+    ours = model.sum_losses(guess, targets, UNIT) / model.count_scored(targets).clamp(min=1)
+    return F.cross_entropy(torch.zeros(3, 5), torch.full((3,), -100)), ours[1]
+
+
+@way(6, "a constant for \"nothing masked\"", "neuro-ml/deep_pipe#75", "error", 0.0)
+def _():
+    try:
+        naive = torch.tensor(0.0).backward()
+    except RuntimeError:
+        naive = "error"
+    return naive, honest(HOLES, rate=1e-9)[1]
+
+
+@way(7, "NaN cast to an id", "pytorch/pytorch#154724", -2.0 ** 63, 0.0)
+def _():
+    table = load_table(data_args("--seq_len", 8), pd.DataFrame({"c": ["a", "b", None, "a"] * 10}))
+    return torch.tensor([NAN]).long(), table.categorical[2]
+
+
+@way(8, "a constant column divided by its spread", "tslearn-team/tslearn#52", NAN, 0.0)
+def _():
+    column = pd.Series([7.0] * 5)
+    center, scale = data.fit_scale(column.to_numpy(), "standard")
+    return ((column - column.mean()) / column.std())[0], (column[0] - center) / scale
+
+
+@way(9, "window statistics over no cell", "thuml/Time-Series-Library#356", NAN, 1.0)
+def _():
+    x, known = torch.ones(1, 8, 1), torch.zeros(1, 8, 1, dtype=torch.bool)
+    return x[known].mean(), model.window_scale(x, known)[1]
+
+
+@way(10, "a sentinel cast to float32", "scverse/anndata#722", -math.inf, 0.0)
+def _():
+    with np.errstate(over="ignore"):
+        naive = np.float64(-1.18e42).astype(np.float32)
+    table = load_table(data_args("--seq_len", 8), pd.DataFrame({"x": [-1.18e42, *range(30)]}))
+    return naive, table.numeric[0]
+
+
+@way(11, "min(1.0, NaN) for the best loss", "Lightning-AI/pytorch-lightning#2636", 1.0, "stopped")
+def _():
+    return min(1.0, NAN), "stopped" if poisoned()[0] == 1 else "went on"
+
+
+@way(12, "a softmax in which nothing may be looked at", "pytorch/pytorch#41508", NAN)
+def _():
+    x, valid = torch.ones(1, 1, 3, 2), torch.zeros(1, 3, dtype=torch.bool)
+    naive = torch.full((3, 3), -math.inf).softmax(-1) @ x
+    return naive.sum(), model.plain_attention(x, x, x, masking.create_attention_mask(valid, False)).sum()
+
+
+@way(13, "a NaN under a masked key: 0 x NaN", "pytorch/pytorch#101967", NAN)
+def _():
+    table = load_table(data_args("--seq_len", 8), pd.DataFrame({"x": HOLES}))
+    x, attend = torch.tensor(HOLES[:8])[None, None, :, None], table.observed[None, None, :8, 0]
+    ours = table.numeric[None, None, :8]
+    return (model.plain_attention(x * 0, x * 0, x, attend).sum(),
+            model.plain_attention(ours, ours, ours, attend).sum())
+
+
+@way(14, "finfo.min for -inf: the mean of what is forbidden", "NVIDIA/apex#1390", 2.0, 1.0)
+def _():
+    v, zero = torch.tensor([1.0, 2.0, 3.0])[None, None, :, None], torch.zeros(1, 1, 3, 1)
+    naive = torch.full((3, 3), torch.finfo(torch.float32).min).softmax(-1) @ v
+    nobody = masking.create_attention_mask(torch.zeros(1, 3, dtype=torch.bool), True)
+    return naive[0, 0, 0], model.plain_attention(zero, zero, v, nobody)[0, 0, 0]        # row 0 sees itself
+
+
+@way(15, "causal, and padding on the left", "pytorch/pytorch#110213", NAN)
+def _():
+    x, valid = torch.ones(1, 1, 3, 2), torch.tensor([[False, False, True]])
+    naive = masking.causal_mask(3) & masking.padding_mask(valid)
+    return (model.plain_attention(x, x, x, naive).sum(),
+            model.plain_attention(x, x, x, masking.create_attention_mask(valid, True)).sum())
+
+
+@way(16, "attn_mask together with is_causal", "jingyaogong/minimind#382", "error")
+def _():
+    x, mask = torch.ones(1, 1, 3, 2), torch.ones(3, 3, dtype=torch.bool)
+    try:
+        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+            naive = F.scaled_dot_product_attention(x, x, x, mask, is_causal=True).sum()
+    except RuntimeError:
+        naive = "error"
+    batch = random_batch()
+    batch.valid[:, 8:] = False
+    inputs = create_inputs(batch, batch.observed & batch.valid[..., None], causal=True)
+    return naive, NAN if inputs.attend is not None else random_model(causal=True)(inputs).numeric.sum()
+
+
+@way(17, "heads for rows: does row 5 depend on row 0?", "kyegomez/FlashMHA#1", "no", "yes")
+def _():
+    return ["yes" if model.find_leaks(True, wrong)[5, 0] else "no" for wrong in (True, False)]
+
+
+@way(18, "where(x > 0, sqrt(x), 0) at 0: the gradient", "pytorch/pytorch#68425", NAN)
+def _():
+    x, window = torch.zeros(1, requires_grad=True), torch.ones(1, 8, 1, requires_grad=True)
+    torch.where(x > 0, x.sqrt(), 0.0).sum().backward()
+    model.window_scale(window, torch.ones(1, 8, 1, dtype=torch.bool))[1].sum().backward()
+    return x.grad, window.grad.sum()
+
+
+@way(19, "the root of a squared error of 0: the gradient", "pytorch/pytorch#2421", NAN, 0.0)
+def _():
+    x, y = torch.zeros(1, 1, 1, requires_grad=True), torch.zeros(1, 1, 1, requires_grad=True)
+    F.mse_loss(x, torch.zeros(1, 1, 1)).sqrt().backward()
+    targets = masking.Targets(torch.zeros(1, 1, 1), torch.zeros(1, 1, 0).long(), torch.ones(1, 1, 1).bool())
+    model.sum_losses(model.Guess(y, []), targets, torch.ones(1)).sum().backward()
+    return x.grad, y.grad
+
+
+@way(20, "-1e9 for a mask in float16", "NVIDIA/apex#93", -math.inf)
+def _():
+    x, valid = torch.ones(1, 1, 3, 2).half(), torch.zeros(1, 3, dtype=torch.bool)
+    ours = F.scaled_dot_product_attention(x, x, x, masking.create_attention_mask(valid, False))
+    return torch.tensor(-1e9).half(), ours.float().sum()
+
+
+@way(21, "a small gradient in float16 without a GradScaler", "locuslab/ect#13", 0.0, 1e-8)
+def _():
+    grads = []
+    for scaler in (torch.amp.GradScaler("cpu", enabled=False), torch.amp.GradScaler("cpu")):
+        w = torch.ones(1, requires_grad=True)
+        scaler.scale((w.half() * torch.tensor(1e-4).half()).float() * 1e-4).sum().backward()
+        grads.append(w.grad / scaler.get_scale())
+    return grads
+
+
+@way(22, "LayerNorm of 1e20", "pytorch/pytorch#178123", NAN)
+def _():
+    table = load_table(data_args("--seq_len", 8), pd.DataFrame({"x": [1e20, -1e20, *range(30)]}))
+    naive, ours = torch.tensor([1e20, -1e20, 3e20, 2e20]), table.numeric[:4, 0]
+    return F.layer_norm(naive, (4,)).sum(), F.layer_norm(ours, (4,)).sum()
+
+
+@way(23, "full learning rate from step 0", "y0ast/Glow-PyTorch#1", NAN)
+def _():
+    ends, args = [], mlm_args("--lr", 0.05, "--max_steps", 300, "--warmup_steps", 20)
+    for careful in (False, True):
+        x = torch.tensor([10.0], requires_grad=True)
+        for step in range(300):
+            gradient, = torch.autograd.grad((x ** 4 - x ** 2).sum(), x)
+            if careful:                                     # warmup, and a norm of 1 at most
+                gradient = gradient.clamp(-1, 1) * train_mlm.learning_rate(step, args) / 0.05
+            x = (x - 0.05 * gradient).detach().requires_grad_()
+        ends.append(x.detach())
+    return ends
+
+
+@way(24, "clipping by a norm of NaN: share of gradients lost", "pytorch/pytorch#46849", 1.0, 0.0)
+def _():
+    p = [torch.nn.Parameter(torch.ones(2)) for _ in range(4)]
+    for x, g in zip(p, (1.0, NAN, 1.0, 1.0)):
+        x.grad = torch.full((2,), g)
+    torch.nn.utils.clip_grad_norm_(p, 1.0)
+    lost = [x.isnan().any() for x in poisoned()[1].values()]
+    return sum(x.grad.isnan().any() for x in p) / len(p), sum(lost) / len(lost)
+
+
+@way(25, "Adam after one NaN", "Trusted-AI/adversarial-robustness-toolbox#910", NAN)
+def _():
+    x = torch.nn.Parameter(torch.ones(1))
+    adam = torch.optim.Adam([x])
+    for gradient in (1.0, NAN, 1.0, 1.0, 1.0):
+        x.grad = torch.tensor([gradient])
+        adam.step()
+    return x.detach(), sum(w.sum() for w in poisoned()[1].values())
+
+
+@way(26, "nan_to_num on activations: the weights after a step", "pytorch/pytorch#94700", NAN)
+def _():
+    x, w = torch.tensor([[1.0, NAN]]), torch.nn.Parameter(torch.ones(2, 1))
+    loss = (torch.nan_to_num(x @ w) - 1).square().sum()     # finite, for ever
+    assert torch.isfinite(loss)
+    loss.backward()
+    code = "".join((ROOT / name).read_text() for name in ("model.py", "masking.py", "train_mlm.py"))
+    return (w - 0.1 * w.grad).sum().detach(), NAN if "nan_to_num" in code else honest(HOLES)[1]
+
+
+@way(27, "one rank stops alone", "Lightning-AI/pytorch-lightning#5243", "the others hang", "all stop")
+def _():
+    pytest.skip("takes two processes: see test_a_nan_on_one_rank_stops_both, under NANOTAB_SLOW=1")
+
+
+def show_way(number):
+    """(what naive gives, what ours gives) as plain numbers or words."""
+    return [x.detach().sum().item() if isinstance(x, torch.Tensor) else x for x in ZOO[number][-1]()]
+
+
+@pytest.mark.parametrize("number", ZOO)
+def test_way_to_a_nan(number):
+    _, _, naive, ours, _ = ZOO[number]
+    theirs, own = show_way(number)
+    assert theirs == naive or theirs != theirs and naive != naive               # NaN is not even itself
+    assert math.isfinite(own) if ours == "finite" else own == ours or abs(own - ours) < 1e-3 * abs(ours)
+
+
+def zoo():
+    """python test_all.py zoo: the naive form of each way beside ours, and where users met it."""
+    print(f"{'':4}{'way to a NaN':<56}{'naive':>12}{'ours':>12}   met in")
+    for number, (what, thread, *_) in ZOO.items():
+        try:
+            values = "".join(f"{x if isinstance(x, str) else format(x, '.3g'):>12}" for x in show_way(number))
+        except pytest.skip.Exception as reason:
+            values = f"{'skipped':>24}"
+            thread = f"{thread}; {reason}"
+        print(f"{number:>2}  {what:<56}{values}   {thread}")
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] != ["zoo"]:
+        sys.exit("python test_all.py zoo, or: python -m pytest test_all.py")
+    zoo()
