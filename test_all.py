@@ -911,9 +911,11 @@ def test_below_the_marker_the_two_scripts_are_one():
     """Forking one of them? Then this test has done its work: delete it."""
     tops, bottoms = zip(*((ROOT / f"train_{name}.py").read_text().split(MARKER) for name in ("mlm", "ar")))
     assert bottoms[0] == bottoms[1] and bottoms[0].count("\n") > 300
-    blocks = [top.split("# THE OBJECTIVE")[1].splitlines() for top in tops]
+    blocks = [top[top.index("# THE OBJECTIVE"):].splitlines() for top in tops]
     changed = [line for line in difflib.unified_diff(*blocks, n=0) if line[0] in "+-"][2:]
     assert len(changed) <= 80
+    shown = re.findall(r"^```diff\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)
+    assert "".join(shown).splitlines() == changed           # the README prints all of it
     flags = [[a.option_strings[0] for a in script.get_parser()._actions] for script in (train_mlm, train_ar)]
     own = [[f for f in mine if f not in other] for mine, other in (flags, flags[::-1])]
     assert [f for f in flags[0] if f not in own[0]] == [f for f in flags[1] if f not in own[1]]
