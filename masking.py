@@ -177,6 +177,7 @@ def jitter(numeric, known, share, generator):
     amount is nothing to one column and much to the next; what does not move stays exact.
     """
     step = pencil_in(numeric, known, causal=True).diff(dim=1)                   # (B, T - 1, N)
+    step = step * (last_true(known)[:, :-1] >= 0)                               # from a row there is
     return numeric + F.pad(step, (0, 0, 1, 0)) * share * torch.randn(numeric.shape, generator=generator)
 
 

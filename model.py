@@ -148,9 +148,10 @@ class RowEmbedding(nn.Module):
         self.bias = nn.Parameter(torch.zeros(config.n_embd))                        # of all columns
         # One table for all categorical columns, one after the other. Its row 0 is [UNK] of every column, and
         # padding_idx keeps it zero: a value never seen in training has taught us nothing.
-        offset = torch.tensor([1] + config.vocab_sizes[:-1] if K else [], dtype=torch.long).cumsum(0)
+        sizes = [max(3, v) for v in config.vocab_sizes]     # an empty column is still guessed, as id 2
+        offset = torch.tensor([1] + sizes[:-1] if K else [], dtype=torch.long).cumsum(0)
         self.register_buffer("offset", offset, persistent=False)                    # (K,)
-        self.categories = nn.Embedding(1 + sum(config.vocab_sizes), config.n_embd, padding_idx=0)
+        self.categories = nn.Embedding(1 + sum(sizes), config.n_embd, padding_idx=0)
 
     def forward(self, values, ids, shown, clock):
         # values (B, T, N), ids (B, T, K), shown (B, T, F), clock (B, T, C)

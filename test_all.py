@@ -959,6 +959,37 @@ def test_autoregression_beats_its_baselines(tmp_path):
         assert (tmp_path / picture).stat().st_size > 5000
 
 
+def test_a_roll_out_asks_for_test_rows_alone():
+    frame = pd.DataFrame({"x": np.arange(300.0)})
+    table = load_table(data_args("--scaler", "none", "--clip", 1e9, "--seq_len", 96), frame)
+    part = train_ar.roll_out_part(table, ar_args("--given", 10, "--horizons", 19))
+    rows = part.batch(part.starts("test", 1)).numeric[..., 0] + table.schema.center[0]
+    assert rows[:, 10:].min().round() == 255 and rows.max().round() == 299      # the test rows, all of them
+    assert rows[0, 0].round() == 245                                            # naive starts: 159 to 232
+
+
+def test_a_column_empty_in_train_is_rolled_out(tmp_path):
+    toy().assign(late=[None] * 350 + ["p"] * 50).to_csv(tmp_path / "late.csv", index=False)
+    train(tmp_path / "late.csv", tmp_path, script=train_ar)
+    assert (tmp_path / "results.json").exists()
+
+
+def test_the_final_roll_out_is_without_dropout(toy_csv, tmp_path, monkeypatch):
+    real, modes = train_ar.examine, []
+    monkeypatch.setattr(train_ar, "examine", lambda net, *a: modes.append(net.training) or real(net, *a))
+    train(toy_csv, tmp_path, "--dropout", "0.5", script=train_ar)
+    assert modes == [False]
+
+
+def test_jitter_leaves_alone_what_does_not_move():
+    numeric, known = torch.full((2, 8, 1), 3.0), torch.ones(2, 8, 1, dtype=torch.bool)
+    known[:, :2] = False                                    # the first known row has no step
+    assert torch.equal(masking.jitter(numeric, known, 0.5, step_generator(0)), numeric)
+    moving = numeric * torch.arange(8)[None, :, None]
+    off = (masking.jitter(moving, known, 0.5, step_generator(0)) - moving) != 0
+    assert off[:, 3:].all() and not off[:, :3].any()
+
+
 def test_autoregression_stops_resumes_and_runs_in_bfloat16(toy_csv, tmp_path):
     train(toy_csv, tmp_path / "whole", script=train_ar)
     train(toy_csv, tmp_path / "parts", "--max_steps", "2", "--warmup_steps", "2", script=train_ar)
@@ -1018,6 +1049,9 @@ def test_a_checkpoint_of_another_table_or_none_is_refused_and_kept(finished, toy
     refused(["--resume", "--out_dir", out, "--n_embd", "32"], capsys, "another shape")
     refused(["--resume", "--out_dir", out, "--n_head", "4"], capsys, "another shape")       # same weights
     assert before == {f.name: f.read_bytes() for f in out.iterdir()}
+    with pytest.raises(SystemExit):                         # the other script's weights look alike
+        train_ar.main(["--resume", "--out_dir", str(out)])
+    assert "train_ar.py" in capsys.readouterr().err
     (tmp_path / "last.pt").write_bytes((out / "last.pt").read_bytes()[:1000])
     refused(["--resume", "--out_dir", tmp_path], capsys, "cannot be read")
     torch.save({"weights": torch.ones(2)}, tmp_path / "last.pt")                            # somebody else's

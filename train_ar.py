@@ -19,7 +19,7 @@ import signal
 import sys
 import time
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -86,14 +86,24 @@ def get_parser():
     return parser
 
 
+def roll_out_part(table, args):
+    """The test split cut into windows that hold the rows given and the rows asked for. In a single sequence
+    the given ones may lie before the test rows; what is asked never does."""
+    single = "group" not in table.kinds.values()            # then the split begins seq_len rows early
+    early = torch.tensor([table.seq_len - args.given if single else 0, 0])
+    return replace(table, seq_len=args.given + max(args.horizons),
+                   segments={"test": table.segments["test"] + early})
+
+
 def check(args, table):
     """What no flag can know alone."""
     if (args.season or 1) > args.given:
         fail(f"--season {args.season} looks back further than a roll-out's --given {args.given} rows")
-    longest = int((table.segments["test"][:, 1] - table.segments["test"][:, 0]).max())
-    if args.given + max(args.horizons) > min(longest, table.seq_len):
+    part = roll_out_part(table, args)
+    longest = int((part.segments["test"][:, 1] - part.segments["test"][:, 0]).max())
+    if args.given > table.seq_len or part.seq_len > longest:
         fail(f"--given {args.given} rows and --horizons of up to {max(args.horizons)} do not fit into the "
-             f"test split's windows of {min(longest, table.seq_len)} rows (--seq_len)")
+             f"test split, or --given not into --seq_len {table.seq_len}")
 
 
 # -----------------------------------------------------------------------------
@@ -137,11 +147,11 @@ def examine(model, table, errors, cells, args):
     of its axis, the cases along it and {method: means}; and windows to draw, as a Batch, which of its cells
     had to be guessed, (B, T, F) bool, and {method: guesses (B, T, N)}."""
     schema, steps, sums = table.schema, max(args.horizons), {}
-    windows = table.starts("test", args.eval_stride or max(1, table.seq_len // 4))
-    length = (windows[:, 1] - windows[:, 0]).clamp(max=table.seq_len)
-    windows = windows[length >= args.given + steps]
-    windows = windows[::1 + len(windows) * (args.given + steps) // 16_384]      # evenly, as many as fit
-    batch = table.batch(windows).rows(0, args.given + steps)
+    part = roll_out_part(table, args)
+    windows = part.starts("test", args.eval_stride or max(1, table.seq_len // 4))
+    windows = windows[windows[:, 1] - windows[:, 0] >= part.seq_len]
+    windows = windows[::1 + len(windows) * part.seq_len // 16_384]              # evenly, as many as fit
+    batch = part.batch(windows)
     given, future = batch.rows(0, args.given), batch.rows(args.given, None)
     said = {name: model.rollout(given, future.clock, steps, None if name == "model" else
                                 lambda inputs: baselines(inputs, args)[name]) for name in errors}
@@ -149,7 +159,7 @@ def examine(model, table, errors, cells, args):
     targets, _ = within_clip(targets, schema.clip)
     for name, rows in said.items():
         tally(sums, name, rows.numeric, rows.categorical, targets, dim=0)       # (2, steps, F): a case a step
-    places = [j for j, name in enumerate(schema.numeric) if name.startswith("planet") and name[-1] in "xy"]
+    places = [j for j, c in enumerate(schema.numeric) if args.data == "planets" and c[-2:] in ("_x", "_y")]
     one, ahead = (judge(*sums, schema, places) for sums in ((errors, cells), (sums, targets.score.sum(0))))
     print_table("mean squared error, scaled", {"next row": 0}, one, "mse")
     print_table("accuracy of categories", {"next row": 0}, one, "accuracy")
@@ -254,12 +264,13 @@ def judge(errors, cells, schema, numeric=None):
 
 def print_table(title, cases, results, measure):
     """A line a method: its means in `cases`, {heading: index}, and, where there are several, over all."""
-    n = len(results["model"][measure])
-    if None not in results["model"][measure]:
-        print(f"\n{title:<32}" + "".join(f"{case:>11}" for case in [*cases] + ["mean"] * (n > 1)))
+    several = len(results["model"][measure]) > 1
+    if any(value is not None for value in results["model"][measure]):
+        print(f"\n{title:<32}" + "".join(f"{case:>11}" for case in [*cases] + ["mean"] * several))
         for name, means in results.items():
-            values = [means[measure][i] for i in cases.values()] + [sum(means[measure]) / n] * (n > 1)
-            print(f"{name:<32}" + "".join(f"{value:>11.4g}" for value in values))
+            there = [value for value in means[measure] if value is not None]
+            values = [means[measure][i] for i in cases.values()] + [sum(there) / len(there)] * several
+            print(f"{name:<32}" + "".join(f"{'-' if v is None else format(v, '.4g'):>11}" for v in values))
 
 
 def learning_rate(step, args):
@@ -294,7 +305,8 @@ def load_checkpoint(path):
         fail(f"{path}: no such checkpoint; --resume goes on from an earlier run with the same --out_dir")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        if {"model", "optimizer", "scaler", "step", "best", "history", "args", "schema"} <= set(checkpoint):
+        keys = {"script", "model", "optimizer", "scaler", "step", "best", "history", "args", "schema"}
+        if keys <= set(checkpoint) and checkpoint["script"] == SCRIPT:
             return checkpoint
     except Exception:           # half a file and a foreign one raise half a dozen kinds of error
         pass
@@ -333,19 +345,23 @@ def pick_device(args, world):
     return device, best if args.dtype == "auto" else args.dtype
 
 
-def explain(model, micro, windows, table, device, autocast):
+def explain(model, micro, windows, table, unit, args, device, autocast):
     """Where a non-finite gradient may come from: lines for stderr."""
     numeric = torch.cat([inputs.numeric for inputs, _ in micro]).flatten(0, 1)              # (B*T, N)
     size = torch.where(numeric.isfinite(), numeric.abs(), math.inf)
-    lost = [name for name, p in model.named_parameters() if not p.grad.isfinite().all()]
-    with autocast:                                      # the same batch once more, watched
-        first = [first_non_finite(model, move(inputs, device)) for inputs, _ in micro]
     for j in size.amax(dim=0).argsort(descending=True)[:3].tolist():
         window, t = divmod(int(size[:, j].argmax()), table.seq_len)
-        row = int(torch.cat(windows)[window, 0]) + t
-        name = table.schema.numeric[j]
+        row, name = int(torch.cat(windows)[window, 0]) + t, table.schema.numeric[j]
         yield f"{name}: up to {size[:, j].max():.3g} scaled, in row {row} of the sorted table"
-    yield f"gradients not finite: {len(lost)} parameters, the first of them {', '.join(lost[:3])}"
+    model.zero_grad()                                   # clipping has spread the NaN: the batch once more
+    for inputs, targets in micro:
+        with autocast:
+            guess = model(move(inputs, device))
+        sum_losses(guess, move(targets, device), unit, args.loss).sum().backward()
+    lost = [n for n, p in model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
+    yield f"gradients of this batch not finite: {len(lost)} parameters, such as {', '.join(lost[:3])}"
+    with autocast:
+        first = [first_non_finite(model, move(inputs, device)) for inputs, _ in micro]
     yield f"first output not finite: {next(filter(None, first), 'none, so it is the loss or the way back')}"
     yield "look at these rows; try a lower --lr or --clip, more --warmup_steps, --dtype float32; --resume"
 
@@ -413,6 +429,7 @@ def conclude(model, table, unit, args, device, autocast, history, facts):
     model.load_state_dict(load_checkpoint(os.path.join(args.out_dir, "best.pt"))["model"])
     stride = args.eval_stride or max(1, table.seq_len // 4)
     _, errors, cells, beyond = evaluate(model, table, "test", stride, unit, args, device, autocast)
+    model.eval()                                    # the roll-out and the pictures, too, without dropout
     results = {"script": SCRIPT, "data": args.data, **facts, "seed": args.seed}
     kept, (axis, cases, curves), drawn = examine(model, table, errors, cells, args)
     results.update(kept)
@@ -496,7 +513,7 @@ def main(argv=None):
 
     def keep(*names):
         """Save the run as it stands, and log.csv with it, so that the two always agree."""
-        state = {"model": raw.state_dict(), "optimizer": optimizer.state_dict(),
+        state = {"script": SCRIPT, "model": raw.state_dict(), "optimizer": optimizer.state_dict(),
                  "scaler": scaler.state_dict(), "step": step, "best": best, "history": history,
                  "args": vars(args), "schema": schema}
         for name in names:
@@ -557,10 +574,11 @@ def main(argv=None):
         if not math.isfinite(norm) and (not scaler.is_enabled() or scaler.get_scale() < 1):
             if rank == 0:
                 keep("last.pt")                                 # of the last good step
-            if rank == 0 or not losses.isfinite().all():        # whose batch was it?
+            if rank == 0 or not running.isfinite().all():       # whose batch was it?
                 print(f"error: step {step}, rank {rank}: the gradient norm is {norm}; stopped before the "
                       f"step, so last.pt and best.pt in {args.out_dir} are sound",
-                      *explain(raw, micro, windows, table, device, autocast), sep="\n  ", file=sys.stderr)
+                      *explain(raw, micro, windows, table, unit, args, device, autocast), sep="\n  ",
+                      file=sys.stderr)
             code = 1
             break
         scaler.step(optimizer)                                  # float16: leaves a non-finite step out ...

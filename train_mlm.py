@@ -253,12 +253,13 @@ def judge(errors, cells, schema, numeric=None):
 
 def print_table(title, cases, results, measure):
     """A line a method: its means in `cases`, {heading: index}, and, where there are several, over all."""
-    n = len(results["model"][measure])
-    if None not in results["model"][measure]:
-        print(f"\n{title:<32}" + "".join(f"{case:>11}" for case in [*cases] + ["mean"] * (n > 1)))
+    several = len(results["model"][measure]) > 1
+    if any(value is not None for value in results["model"][measure]):
+        print(f"\n{title:<32}" + "".join(f"{case:>11}" for case in [*cases] + ["mean"] * several))
         for name, means in results.items():
-            values = [means[measure][i] for i in cases.values()] + [sum(means[measure]) / n] * (n > 1)
-            print(f"{name:<32}" + "".join(f"{value:>11.4g}" for value in values))
+            there = [value for value in means[measure] if value is not None]
+            values = [means[measure][i] for i in cases.values()] + [sum(there) / len(there)] * several
+            print(f"{name:<32}" + "".join(f"{'-' if v is None else format(v, '.4g'):>11}" for v in values))
 
 
 def learning_rate(step, args):
@@ -293,7 +294,8 @@ def load_checkpoint(path):
         fail(f"{path}: no such checkpoint; --resume goes on from an earlier run with the same --out_dir")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        if {"model", "optimizer", "scaler", "step", "best", "history", "args", "schema"} <= set(checkpoint):
+        keys = {"script", "model", "optimizer", "scaler", "step", "best", "history", "args", "schema"}
+        if keys <= set(checkpoint) and checkpoint["script"] == SCRIPT:
             return checkpoint
     except Exception:           # half a file and a foreign one raise half a dozen kinds of error
         pass
@@ -332,19 +334,23 @@ def pick_device(args, world):
     return device, best if args.dtype == "auto" else args.dtype
 
 
-def explain(model, micro, windows, table, device, autocast):
+def explain(model, micro, windows, table, unit, args, device, autocast):
     """Where a non-finite gradient may come from: lines for stderr."""
     numeric = torch.cat([inputs.numeric for inputs, _ in micro]).flatten(0, 1)              # (B*T, N)
     size = torch.where(numeric.isfinite(), numeric.abs(), math.inf)
-    lost = [name for name, p in model.named_parameters() if not p.grad.isfinite().all()]
-    with autocast:                                      # the same batch once more, watched
-        first = [first_non_finite(model, move(inputs, device)) for inputs, _ in micro]
     for j in size.amax(dim=0).argsort(descending=True)[:3].tolist():
         window, t = divmod(int(size[:, j].argmax()), table.seq_len)
-        row = int(torch.cat(windows)[window, 0]) + t
-        name = table.schema.numeric[j]
+        row, name = int(torch.cat(windows)[window, 0]) + t, table.schema.numeric[j]
         yield f"{name}: up to {size[:, j].max():.3g} scaled, in row {row} of the sorted table"
-    yield f"gradients not finite: {len(lost)} parameters, the first of them {', '.join(lost[:3])}"
+    model.zero_grad()                                   # clipping has spread the NaN: the batch once more
+    for inputs, targets in micro:
+        with autocast:
+            guess = model(move(inputs, device))
+        sum_losses(guess, move(targets, device), unit, args.loss).sum().backward()
+    lost = [n for n, p in model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
+    yield f"gradients of this batch not finite: {len(lost)} parameters, such as {', '.join(lost[:3])}"
+    with autocast:
+        first = [first_non_finite(model, move(inputs, device)) for inputs, _ in micro]
     yield f"first output not finite: {next(filter(None, first), 'none, so it is the loss or the way back')}"
     yield "look at these rows; try a lower --lr or --clip, more --warmup_steps, --dtype float32; --resume"
 
@@ -412,6 +418,7 @@ def conclude(model, table, unit, args, device, autocast, history, facts):
     model.load_state_dict(load_checkpoint(os.path.join(args.out_dir, "best.pt"))["model"])
     stride = args.eval_stride or max(1, table.seq_len // 4)
     _, errors, cells, beyond = evaluate(model, table, "test", stride, unit, args, device, autocast)
+    model.eval()                                    # the roll-out and the pictures, too, without dropout
     results = {"script": SCRIPT, "data": args.data, **facts, "seed": args.seed}
     kept, (axis, cases, curves), drawn = examine(model, table, errors, cells, args)
     results.update(kept)
@@ -495,7 +502,7 @@ def main(argv=None):
 
     def keep(*names):
         """Save the run as it stands, and log.csv with it, so that the two always agree."""
-        state = {"model": raw.state_dict(), "optimizer": optimizer.state_dict(),
+        state = {"script": SCRIPT, "model": raw.state_dict(), "optimizer": optimizer.state_dict(),
                  "scaler": scaler.state_dict(), "step": step, "best": best, "history": history,
                  "args": vars(args), "schema": schema}
         for name in names:
@@ -556,10 +563,11 @@ def main(argv=None):
         if not math.isfinite(norm) and (not scaler.is_enabled() or scaler.get_scale() < 1):
             if rank == 0:
                 keep("last.pt")                                 # of the last good step
-            if rank == 0 or not losses.isfinite().all():        # whose batch was it?
+            if rank == 0 or not running.isfinite().all():       # whose batch was it?
                 print(f"error: step {step}, rank {rank}: the gradient norm is {norm}; stopped before the "
                       f"step, so last.pt and best.pt in {args.out_dir} are sound",
-                      *explain(raw, micro, windows, table, device, autocast), sep="\n  ", file=sys.stderr)
+                      *explain(raw, micro, windows, table, unit, args, device, autocast), sep="\n  ",
+                      file=sys.stderr)
             code = 1
             break
         scaler.step(optimizer)                                  # float16: leaves a non-finite step out ...
