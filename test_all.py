@@ -960,12 +960,15 @@ def test_autoregression_beats_its_baselines(tmp_path):
 
 
 def test_a_roll_out_asks_for_test_rows_alone():
-    frame = pd.DataFrame({"x": np.arange(300.0)})
-    table = load_table(data_args("--scaler", "none", "--clip", 1e9, "--seq_len", 96), frame)
-    part = train_ar.roll_out_part(table, ar_args("--given", 10, "--horizons", 19))
-    rows = part.batch(part.starts("test", 1)).numeric[..., 0] + table.schema.center[0]
+    table = load_table(data_args("--scaler", "none", "--clip", 1e9), pd.DataFrame({"x": np.arange(300.0)}))
+    args = ar_args("--given", 10, "--horizons", 19, "--eval_stride", 1)
+    batch = table.batch(train_ar.roll_out_windows(table, args)).rows(0, 29)
+    rows = batch.numeric[..., 0] + table.schema.center[0]
     assert rows[:, 10:].min().round() == 255 and rows.max().round() == 299      # the test rows, all of them
-    assert rows[0, 0].round() == 245                                            # naive starts: 159 to 232
+    assert rows[0, 0].round() == 245                                            # naive starts: 159 to 204
+    table = load_table(data_args("--data", "planets"), data.simulate_planets(60))
+    windows = train_ar.roll_out_windows(table, ar_args())
+    assert torch.equal(windows, table.segments["test"])                         # rows 0 to 9 of each system
 
 
 def test_a_column_empty_in_train_is_rolled_out(tmp_path):

@@ -19,7 +19,7 @@ import signal
 import sys
 import time
 from contextlib import nullcontext
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -86,24 +86,22 @@ def get_parser():
     return parser
 
 
-def roll_out_part(table, args):
-    """The test split cut into windows that hold the rows given and the rows asked for. In a single sequence
-    the given ones may lie before the test rows; what is asked never does."""
+def roll_out_windows(table, args):
+    """Windows of the test split that hold the rows given and the rows asked for, as in Table.starts. In a
+    single sequence the given ones may lie before the test rows; what is asked never does."""
     single = "group" not in table.kinds.values()            # then the split begins seq_len rows early
-    early = torch.tensor([table.seq_len - args.given if single else 0, 0])
-    return replace(table, seq_len=args.given + max(args.horizons),
-                   segments={"test": table.segments["test"] + early})
+    windows = table.starts("test", args.eval_stride or max(1, table.seq_len // 4))
+    windows = windows + torch.tensor([table.seq_len - args.given if single else 0, 0])
+    return windows[windows[:, 1] - windows[:, 0] >= args.given + max(args.horizons)]
 
 
 def check(args, table):
     """What no flag can know alone."""
     if (args.season or 1) > args.given:
         fail(f"--season {args.season} looks back further than a roll-out's --given {args.given} rows")
-    part = roll_out_part(table, args)
-    longest = int((part.segments["test"][:, 1] - part.segments["test"][:, 0]).max())
-    if args.given > table.seq_len or part.seq_len > longest:
-        fail(f"--given {args.given} rows and --horizons of up to {max(args.horizons)} do not fit into the "
-             f"test split, or --given not into --seq_len {table.seq_len}")
+    if args.given + max(args.horizons) > table.seq_len or len(roll_out_windows(table, args)) == 0:
+        fail(f"--given {args.given} rows and --horizons of up to {max(args.horizons)} do not fit into windows "
+             f"of {table.seq_len} rows (--seq_len), or into the test split")
 
 
 # -----------------------------------------------------------------------------
@@ -147,11 +145,9 @@ def examine(model, table, errors, cells, args):
     of its axis, the cases along it and {method: means}; and windows to draw, as a Batch, which of its cells
     had to be guessed, (B, T, F) bool, and {method: guesses (B, T, N)}."""
     schema, steps, sums = table.schema, max(args.horizons), {}
-    part = roll_out_part(table, args)
-    windows = part.starts("test", args.eval_stride or max(1, table.seq_len // 4))
-    windows = windows[windows[:, 1] - windows[:, 0] >= part.seq_len]
-    windows = windows[::1 + len(windows) * part.seq_len // 16_384]              # evenly, as many as fit
-    batch = part.batch(windows)
+    windows = roll_out_windows(table, args)
+    windows = windows[::1 + len(windows) * (args.given + steps) // 16_384]      # evenly, as many as fit
+    batch = table.batch(windows).rows(0, args.given + steps)
     given, future = batch.rows(0, args.given), batch.rows(args.given, None)
     said = {name: model.rollout(given, future.clock, steps, None if name == "model" else
                                 lambda inputs: baselines(inputs, args)[name]) for name in errors}
