@@ -100,7 +100,7 @@ def check(args, table):
     if (args.season or 1) > args.given:
         fail(f"--season {args.season} looks back further than a roll-out's --given {args.given} rows")
     if args.given + max(args.horizons) > table.seq_len or len(roll_out_windows(table, args)) == 0:
-        fail(f"--given {args.given} rows and --horizons of up to {max(args.horizons)} do not fit into windows "
+        fail(f"--given {args.given} rows and --horizons up to {max(args.horizons)} do not fit into windows "
              f"of {table.seq_len} rows (--seq_len), or into the test split")
 
 
