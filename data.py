@@ -576,7 +576,7 @@ def number(kind, low, high=2.0 ** 53, inside=False):
 
 
 def add_arguments(parser, source):
-    """The flags that say what the table is; shared by this file and the training script."""
+    """The flags that say what the table is; shared by this file and the two training scripts."""
     add = parser.add_argument_group("data").add_argument
     add("--data", default=source, help=f".csv, .csv.gz or .parquet, or simulated: {', '.join(SIMULATIONS)}")
     add("--read_csv", metavar="OPTIONS", help='for pandas.read_csv, such as "sep=; decimal=,"')
