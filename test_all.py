@@ -795,18 +795,21 @@ def test_the_first_module_that_breaks_is_found():
     assert model.first_non_finite(net, inputs) == "blocks.1.mlp.fc"
 
 
-def test_ctrl_c_saves_and_says_how_to_go_on(finished, toy_csv, tmp_path, monkeypatch, capsys):
-    real = train_mlm.objective
+@pytest.mark.parametrize("when,saved", [(4, 5), (8, 8)])        # between evaluations, and in the last one
+def test_ctrl_c_saves_and_says_how_to_go_on(when, saved, finished, toy_csv, tmp_path, monkeypatch, capsys):
+    real, now = train_mlm.objective, []
     def press(batch, args, generator, step=None, case=None):
-        if step == 4:
-            os.kill(os.getpid(), signal.SIGINT)             # in the middle of a step
+        now[:] = [step] if case is None else now
+        if step == when or when == 8 and now == [7] and case is not None and "pressed" not in now:
+            now.append("pressed")
+            os.kill(os.getpid(), signal.SIGINT)             # in the middle of a step, or of an evaluation
         return real(batch, args, generator, step, case)
     monkeypatch.setattr(train_mlm, "objective", press)
     with pytest.raises(SystemExit) as stopped:
         train(toy_csv, tmp_path, *EIGHT)
     said = capsys.readouterr().out.splitlines()[-1]
     assert stopped.value.code == 130 and f"--resume --out_dir {tmp_path}" in said
-    assert torch.load(tmp_path / "last.pt", weights_only=True)["step"] == 5     # between two evaluations
+    assert torch.load(tmp_path / "last.pt", weights_only=True)["step"] == saved
     monkeypatch.undo()
     train_mlm.main(shlex.split(said.split(".py ")[1]))
     assert same_bits(weights(finished[0]), weights(tmp_path))

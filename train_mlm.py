@@ -215,7 +215,7 @@ def evaluate(model, table, split, stride, unit, args, device, autocast):
     sums of absolute and of squared errors in scaled units, a wrong category counting 1; cells (cases, F), how
     many were scored; and how many lay beyond the clip and so were scored for nobody.
     """
-    model.eval()                                    # no dropout
+    model.eval()                                    # no dropout, until the next step
     cases, beyond = eval_cases(args), 0
     errors = [{} for _ in cases]
     losses, cells = torch.zeros(2), torch.zeros(len(cases), table.observed.shape[1], dtype=torch.float64)
@@ -233,7 +233,6 @@ def evaluate(model, table, split, stride, unit, args, device, autocast):
             cells[i] += targets.score.sum((0, 1)).cpu()
             beyond += n_outside
         losses += (sums / counts.clamp(min=1)).cpu() / len(cases)
-    model.train()
     errors = {name: torch.stack([e[name] for e in errors], dim=1) for name in errors[0]}    # (2, cases, F)
     return losses, errors, cells, beyond
 
@@ -348,7 +347,7 @@ def explain(model, micro, windows, table, unit, args, device, autocast):
             guess = model(move(inputs, device))
         sum_losses(guess, move(targets, device), unit, args.loss).sum().backward()
     lost = [n for n, p in model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
-    yield f"gradients of this batch not finite: {len(lost)} parameters, such as {', '.join(lost[:3])}"
+    yield f"gradients of this batch not finite: {', '.join(lost[:3]) or 'none'} ({len(lost)} parameters)"
     with autocast:
         first = [first_non_finite(model, move(inputs, device)) for inputs, _ in micro]
     yield f"first output not finite: {next(filter(None, first), 'none, so it is the loss or the way back')}"
@@ -418,7 +417,6 @@ def conclude(model, table, unit, args, device, autocast, history, facts):
     model.load_state_dict(load_checkpoint(os.path.join(args.out_dir, "best.pt"))["model"])
     stride = args.eval_stride or max(1, table.seq_len // 4)
     _, errors, cells, beyond = evaluate(model, table, "test", stride, unit, args, device, autocast)
-    model.eval()                                    # the roll-out and the pictures, too, without dropout
     results = {"script": SCRIPT, "data": args.data, **facts, "seed": args.seed}
     kept, (axis, cases, curves), drawn = examine(model, table, errors, cells, args)
     results.update(kept)
@@ -537,9 +535,11 @@ def main(argv=None):
                 keep("best.pt")
             keep("last.pt")
         if step >= args.max_steps:
+            code = 130 * interrupted
             break
 
         # one optimiser step
+        model.train()
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, args)
         generator = step_generator(args.seed, step, rank)
@@ -593,12 +593,12 @@ def main(argv=None):
             since, logged = now, step
             running.zero_()
         if count[2] > 0:                                        # of any rank: they stop at the same step
-            if rank == 0:
-                keep("last.pt")
-                print(f"stopped at step {step}; go on: python {SCRIPT}.py --resume --out_dir {args.out_dir}")
             code = 130                                          # as the shell says of Ctrl-C
             break
 
+    if code == 130 and rank == 0:
+        keep("last.pt")
+        print(f"stopped at step {step}; go on: python {SCRIPT}.py --resume --out_dir {args.out_dir}")
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if world > 1:
         # Leave together, and the wrapper before its process group: it would take that along while it holds
