@@ -10,6 +10,10 @@ defined once, at the top of model.py.
 """
 import argparse
 import ast
+import codecs
+import io
+import os
+import re
 import sys
 import warnings
 from dataclasses import dataclass
@@ -18,12 +22,15 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 import torch
+import torch.nn.functional as F
+from pandas.tseries.api import guess_datetime_format
 
 SENTINEL = 1e30                     # files write "no reading" as -1.18e42; nothing we measure is that big
 DATE = r"\d{4}-?\d\d-?\d\d|\d{1,2}[./-]\d{1,2}[./-]\d{2,4}"   # 2024-12-31, 31.12.2024, 12/31/24
 MAX_CATEGORIES = 1000               # a text column with more distinct values than this is an identifier
 CYCLES = {"day": 86_400, "year": 365.25 * 86_400}      # in seconds: the hands of the clock
 MASK_ID, UNK_ID = 0, 1              # reserved in every categorical column; its own values start at 2
+MISSING = ["?", "-", "--", "n.a."]  # markers of a missing cell, beside those that pandas knows
 
 
 def fail(message):
@@ -234,39 +241,66 @@ SIMULATIONS = {"sensors": simulate_sensors, "planets": simulate_planets}
 GROUPS = {"planets": "idx"}             # the group column of a simulation, where it has one
 
 
-def read_table(source, read_csv=None):
-    """A DataFrame of at least one row; whatever cannot be read ends in one sentence.
-
-    source: a simulation's name, or a path to .csv, .csv.gz or .parquet.
-    read_csv: options for pandas.read_csv, such as "sep=; decimal=,".
-    """
-    if source in SIMULATIONS:
-        return SIMULATIONS[source]()
+def read_options(text):
+    """Options for pandas.read_csv, such as "sep=; decimal=,", as a dict."""
     options = {}
-    for option in (read_csv or "").split():
+    for option in (text or "").split():
         key, _, value = option.partition("=")
         try:
             options[key] = ast.literal_eval(value)              # numbers, lists, None, True ...
         except Exception:
-            options[key] = value                                # ... and everything else is text, such as ";"
+            options[key] = value.replace("\\t", "\t")            # ... and all else is text, such as ";"
+    return options
+
+
+def text_options(options):
+    """Options for pandas.read_csv that leave every cell as it is written, "" where it is empty."""
+    typed = ("dtype", "na_values", "parse_dates", "converters", "decimal", "true_values", "false_values")
+    return {key: options[key] for key in options if key not in typed} | {"dtype": str, "na_filter": False}
+
+
+def read_table(source, read_csv=None, as_text=False):
+    """A DataFrame of at least one row; whatever cannot be read ends in one sentence.
+
+    source: a simulation's name, or a path to .csv, .csv.gz or .parquet; read_csv: see `read_options`.
+    as_text: every cell as it is written in the file, or as pandas would write it, "" where empty.
+    """
+    options = {"na_values": MISSING, **read_options(read_csv)}
+    if source in SIMULATIONS and not as_text:
+        return SIMULATIONS[source]()
     try:
-        table = pd.read_parquet(source) if source.endswith(".parquet") else pd.read_csv(source, **options)
+        if as_text and (source in SIMULATIONS or source.endswith(".parquet")):
+            table = pd.read_csv(io.StringIO(read_table(source).to_csv(index=False)), **text_options({}))
+        elif as_text:
+            table = pd.read_csv(source, **text_options(options))
+        elif source.endswith(".parquet"):
+            table = pd.read_parquet(source)
+        else:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", pd.errors.DtypeWarning)     # mixed types are our daily bread
+                table = pd.read_csv(source, **options)
         plain = table.index.name is None and isinstance(table.index, pd.RangeIndex)
-        ragged = not plain and not options and not source.endswith(".parquet")     # more fields than names
+        ragged = not plain and not read_csv and not source.endswith(".parquet")    # more fields than names
         table = table if plain else table.reset_index()         # where a parquet file keeps its dates
         table.columns = [str(name) for name in table.columns]
     except FileNotFoundError:
         fail(f"{source}: no such file (--data takes a path or one of: {', '.join(SIMULATIONS)})")
     except Exception as e:      # foreign files and options raise anything: half a .gz, no pyarrow ...
         why = (str(e).strip().splitlines() or [type(e).__name__])[0]
-        fail(f"{source}: pandas cannot read this table{f' with {read_csv!r}' if read_csv else ''} ({why})")
+        hint = {ImportError: "; pip install pyarrow",
+                UnicodeDecodeError: "; in another encoding? --read_csv encoding=latin-1"}.get(type(e), "")
+        by = f" with {read_csv!r}" if read_csv else ""
+        fail(f"{source}: pandas cannot read this table{by} ({why}){hint}")
     if len(table) == 0:
         fail(f"{source}: the table has no rows")
+    if not table.columns.is_unique:
+        fail(f"{source}: several columns are called {table.columns[table.columns.duplicated()][0]!r}")
     if ragged or table.shape[1] == 1 and set(table.columns[0]) & set(";\t|"):
         fail(f"{source}: the columns come out wrong: is the separator another one? --read_csv 'sep=;'")
-    for name in table.columns if options.get("decimal", ".") != "." else []:
+    comma = options.get("decimal", ".") if not as_text else "."
+    for name in table.columns if comma != "." else []:
         if pd.api.types.infer_dtype(table[name], skipna=True) == "string":     # a word among its numbers kept
-            dotted = table[name].str.replace(options["decimal"], ".")           # pandas from reading them
+            dotted = table[name].str.replace(comma, ".")                        # pandas from reading them
             if pd.to_numeric(dotted, errors="coerce").notna().sum() >= 0.9 * dotted.notna().sum():
                 table[name] = dotted
     return table
@@ -436,10 +470,12 @@ class Table:
     categorical: torch.Tensor   # (rows, K) int32
     observed: torch.Tensor      # (rows, F) bool
     clock: torch.Tensor         # (rows, C) float32
-    facts: dict                 # numeric: [repaired, mean, std, min, max], time: [first, last, step]
+    facts: dict                 # numeric: [repaired, mean, std, min, max], time: [first, last, step, repeats]
     kinds: dict                 # column of the file -> what it was taken for
+    keys: pd.DataFrame          # the group and the time column; its index says which row of the file it was
     seq_len: int                # T
-    segments: dict              # split -> (S, 2) int64, [start, end) rows of each sequence that may be read
+    segments: dict              # split -> (S, 2) int64, [start, end) rows of each sequence that may be read;
+                                # "all" -> every sequence whole
 
     def starts(self, split, stride):
         """Windows every `stride` rows, and a last one flush with the end, so that no row of the split is left
@@ -470,8 +506,36 @@ class Table:
                      observed, valid, self.clock[rows] * valid[..., None])
 
 
+    def learnt(self):
+        """(F,) bool, True = the column has a value in the train rows, so the model has met it."""
+        return sum(self.observed[start:end].any(dim=0) for start, end in self.segments["train"].tolist()) > 0
+
+    def owners(self):
+        """Overlapping windows of every sequence, and the rows [start, end) that each is to speak for: those
+        nearer to its middle than to the next one's. Returns windows and owned, both (windows, 2) int64."""
+        windows = self.starts("all", max(1, self.seq_len // 2))
+        start, end = windows.unbind(1)
+        following = start.roll(-1)                          # in the same sequence if it starts before its end
+        until = torch.where((following > start) & (following < end),
+                            (start + following + self.seq_len) // 2, end)
+        return windows, torch.stack([F.pad(until[:-1], (1, 0)), until], dim=1)
+
+    def coming(self, steps):
+        """The keys of the rows that come next, `steps` for each sequence, the time column continued at its
+        median step; and their clock, (sequences, steps, C)."""
+        keys = self.keys.iloc[(self.segments["all"][:, 1] - 1).repeat_interleave(steps)]
+        for name in [name for name in keys if self.kinds[name] == "time"]:
+            last = [self.keys[name].iloc[start:end].max() for start, end in self.segments["all"].tolist()]
+            ahead = np.tile(np.arange(1, steps + 1), len(last))
+            keys = keys.assign(**{name: pd.Series(last).repeat(steps).array + ahead * self.facts[name][2]})
+            if self.schema.cycles:
+                clock = torch.from_numpy(make_clock(keys[name], self.schema.cycles))
+                return keys, clock.view(len(last), steps, -1)
+        return keys, torch.zeros(len(self.segments["all"]), steps, 0)
+
+
 def encode(table, kinds, schema):
-    """DataFrame -> the fields of Table from `numeric` to `kinds`. Takes the DataFrame apart column by column,
+    """DataFrame -> the fields of Table from `numeric` to `keys`. Takes the DataFrame apart column by column,
     so that a big table is not held twice."""
     n_rows, n_numeric, n_categorical = len(table), len(schema.numeric), len(schema.categorical)
     numeric = np.zeros((n_rows, n_numeric), np.float32)
@@ -491,12 +555,14 @@ def encode(table, kinds, schema):
         observed[:, n_numeric + k] = text.notna()
         categorical[:, k] = np.where(observed[:, n_numeric + k], code + 2, MASK_ID)
     clock = np.zeros((n_rows, 0), np.float32)
-    for name in kinds:
-        if kinds[name] == "time":
-            facts[name] = [table[name].min(), table[name].max(), table[name].diff().median()]
-    if schema.cycles:
-        clock = make_clock(table[next(name for name in kinds if kinds[name] == "time")], schema.cycles)
-    return [*map(torch.from_numpy, (numeric, categorical, observed, clock)), facts, kinds]
+    keys = table[[name for name in kinds if kinds[name] in ("group", "time")]]
+    for name in [name for name in keys if kinds[name] == "time"]:
+        groups = [keys[other] for other in keys if other != name]
+        steps = (keys[name].groupby(groups, dropna=False) if groups else keys[name]).diff()
+        facts[name] = [keys[name].min(), keys[name].max(), steps.median(), int((steps == 0 * steps).sum())]
+        if schema.cycles:
+            clock = make_clock(keys[name], schema.cycles)
+    return [*map(torch.from_numpy, (numeric, categorical, observed, clock)), facts, kinds, keys]
 
 
 def split_counts(split, n, what, args):
@@ -504,6 +570,9 @@ def split_counts(split, n, what, args):
     if sum(split) <= 1 + 1e-6:
         edges = [round(n * sum(split[:i]) + 1e-9) for i in range(4)]
         counts = [b - a for a, b in zip(edges, edges[1:])]
+        for i in range(3):                                  # of a few groups none rounds to nothing
+            if split[i] and not counts[i] and n >= 3:
+                counts[i], counts[np.argmax(counts)] = 1, max(counts) - 1
     elif any(c % 1 for c in split):
         fail(f"--split {split}: fractions must not exceed 1 together")
     else:
@@ -512,7 +581,8 @@ def split_counts(split, n, what, args):
             fail(f"--split asks for {sum(counts)} {what}, but {args.data} has {n}")
     for name, count in zip(("train", "val", "test"), counts):
         if count == 0:
-            fail(f"{args.data}: {n} {what}, split as {split}, leave no {name} window (--split)")
+            fail(f"{args.data}: {n} {what}, split as {split}, leave no {name} window (--split)"
+                 + "; below three groups, leave --group_col out" * (what == "groups" and n < 3))
     return counts
 
 
@@ -534,18 +604,18 @@ def split_rows(lengths, args):
         parts = [ranges[np.sort(order[lo:hi])] for lo, hi in ((0, a), (a, b), (b, c))]
         seq_len = int(min(args.seq_len, (parts[0][:, 1] - parts[0][:, 0]).max()))
     return seq_len, {name: torch.tensor(np.array(part), dtype=torch.int64)
-                     for name, part in zip(("train", "val", "test"), parts)}
+                     for name, part in zip(("train", "val", "test", "all"), [*parts, ranges])}
 
 
 def load_table(args, table=None):
     """args: the flags of `add_arguments`; table: a DataFrame to use instead of args.data. Returns a Table."""
-    table = read_table(args.data, args.read_csv) if table is None else table.copy()
+    table = read_table(args.data, args.read_csv) if table is None else table.reset_index(drop=True)
     kinds = infer_kinds(table, args)
     by = [name for kind in ("group", "time") for name in kinds if kinds[name] == kind]
     if "group" in kinds.values():
         table[by[0]] = labels(table[by[0]])                                     # mixed types do not sort
     if by:
-        table = table.sort_values(by, kind="stable", ignore_index=True)         # equal times keep their order
+        table = table.sort_values(by, kind="stable")        # equal times keep their order; the index tells it
     lengths = np.array([len(table)])
     if "group" in kinds.values():
         lengths = table.groupby(by[0], dropna=False).size().to_numpy()          # in the same, sorted order
@@ -555,6 +625,83 @@ def load_table(args, table=None):
         is_train[start:end] = True
     schema = fit_schema(table, kinds, is_train, args)
     return Table(schema, *encode(table, kinds, schema), seq_len, segments)
+
+
+# -----------------------------------------------------------------------------
+# and back: a file as it was, with some cells of our own
+
+def check_target(flag, path, source):
+    """Before minutes of training: can `path` be written, and is it another file than the one that is read?"""
+    folder = os.path.dirname(path) or "."
+    if os.path.isdir(path) or not os.access(folder, os.W_OK):
+        fail(f"{flag} {path} cannot be written: {folder} must be a folder that may be written to")
+    if os.path.exists(path) and os.path.exists(source) and os.path.samefile(path, source):
+        fail(f"{flag} {path} is the table itself; give the result another name")
+    if not path.endswith((".csv", ".csv.gz")):
+        fail(f"{flag} {path}: what is written is a .csv or a .csv.gz")
+
+
+class Cells:
+    """The user's file as text, and new cells written in the manner of its columns."""
+
+    def __init__(self, table, args):
+        self.table, self.options = table, read_options(args.read_csv)
+        self.text = read_table(args.data, args.read_csv, as_text=True)
+        if len(self.text) != len(table.observed) or not {*table.kinds} <= {*self.text}:
+            fail(f"{args.data}: its rows or columns are others when it is read as text (--read_csv)")
+        self.header = dict(zip(self.text, self.text))
+        self.encoding = self.options.get("encoding", "utf-8")
+        if args.data.endswith((".csv", ".csv.gz")) and not {*self.options} - {"sep", "decimal", "encoding"}:
+            # pandas renames columns that are called alike or not at all, and hides the mark Excel asks for
+            options = text_options(self.options) | {"header": None, "nrows": 1}
+            self.header = dict(zip(self.text, pd.read_csv(args.data, **options).iloc[0]))
+            with open(args.data, "rb") as file:
+                self.encoding = "utf-8-sig" if file.read(3) == codecs.BOM_UTF8 else self.encoding
+
+    def fill(self, name, rows, texts):
+        """Put texts into a column where `rows`, (rows,) bool in the order of the table, is True."""
+        column = self.text[name].to_numpy(dtype=object, copy=True)
+        column[self.table.keys.index[rows]] = texts
+        self.text[name] = column
+
+    def like(self, name, values):
+        """Scaled values or ids, (n,), as n texts: numbers with as many decimals as their column has, whole
+        where it is whole; categories as the column spells them first."""
+        schema = self.table.schema
+        j, N = (schema.numeric + schema.categorical).index(name), len(schema.numeric)
+        seen = self.table.observed[:, j].numpy()
+        own = pd.Series(self.text[name].to_numpy()[self.table.keys.index[seen]], dtype=object)
+        if j >= N:
+            spelling = own.groupby(self.table.categorical[:, j - N].numpy()[seen]).first()
+            return spelling.reindex(values.numpy()).to_numpy()
+        point = self.options.get("decimal", ".")
+        decimals = own.str.extract(rf"{re.escape(point)}(\d+)$", expand=False).fillna("")
+        digits = int(decimals.str.len().max())
+        x = values.double().numpy() * schema.scale[j] + schema.center[j]
+        if own.str.contains("e", case=False).any():             # 1.2e-05 has no fixed number of them
+            return np.array([f"{v:.6g}".replace(".", point) for v in x], dtype=object)
+        x = np.round(x, 0 if decimals.str.strip("0").eq("").all() else digits) + 0.0        # no "-0"
+        return np.array([f"{v:.{digits}f}".replace(".", point) for v in x], dtype=object)
+
+    def stamps(self, name, times):
+        """Time stamps or numbers, a Series, as the column of that name writes its own; else as ISO 8601."""
+        own = self.text[name].to_numpy()[self.table.keys.index[:100]]
+        if not pd.api.types.is_datetime64_any_dtype(times):
+            return times.astype(str)
+        for options in ({}, {"dayfirst": True}):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")                 # of a day that cannot be a month
+                form = guess_datetime_format(own[0], **options)
+            if form and (self.table.keys[name].iloc[:100].dt.strftime(form) == own).all():
+                return times.dt.strftime(form)
+        return times.astype(str)
+
+    def write(self, path, text):
+        """A DataFrame of texts, with the file's own header, separator and encoding."""
+        sep = self.options.get("sep", ",")
+        header = self.options.get("header", 0) is not None and [self.header[name] for name in text]
+        text.to_csv(path, index=False, header=header, sep=sep if len(sep) == 1 else ",",
+                    encoding=self.encoding, compression="gzip" if ".csv.gz" in path else None)
 
 
 def step_generator(*key):
@@ -638,10 +785,11 @@ def describe(table, args):
               + ", ".join(words[:6]) + f"), not seen in train: {int((ids == UNK_ID).sum())} rows")
     for name, kind in table.kinds.items():
         if kind not in ("numeric", "categorical"):
-            time = "from {} to {}, median step {}"
+            time = "from {} to {}, median step {}, {} stamps repeated"
             more = time.format(*table.facts[name]) if name in table.facts else kind[9:]
             print(f"{kind.split(':')[0]:>11}   {name}  {more}".rstrip())
-    for split, segments in table.segments.items():
+    for split in ("train", "val", "test"):
+        segments = table.segments[split]
         n_rows = int((segments[:, 1] - segments[:, 0]).sum())
         print(f"{split:>11}   {n_rows:,} rows, {len(segments)} sequence(s), "
               f"{len(table.starts(split, table.seq_len)):,} windows of {table.seq_len} rows side by side")

@@ -5,6 +5,7 @@ Autoregression on a table that changes over time: see the rows so far, learn to 
     python train_ar.py --noise 0                            # the mistake of training on true rows alone
     python train_ar.py --data my.csv --given 72             # your own file; 72 rows before a roll-out
     python train_ar.py --data my.csv --given 72 --season 24     # one more rival: the value of 24 rows ago
+    python train_ar.py --data my.csv --forecast 48 --to next.csv    # and write the 48 rows that come next
     python train_ar.py --resume --max_steps 4000            # go on from out/train_ar/last.pt
     torchrun --standalone --nproc_per_node=2 train_ar.py    # two processes, or two GPUs
 
@@ -28,7 +29,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from data import add_arguments, fail, load_table, number, step_generator
+from data import Cells, add_arguments, check_target, fail, load_table, number, step_generator
 from masking import Targets, create_inputs, jitter, scorable
 from model import Config, TableTransformer, count_scored, first_non_finite, sum_losses, window_scale
 
@@ -52,6 +53,8 @@ def get_parser():
     add("--horizons", type=size, nargs="+", default=[1, 5, 10, 19],
         help="steps ahead at which a roll-out is judged")
     add("--season", type=size, help="a further baseline: the value of so many rows ago (None: without it)")
+    add("--forecast", type=size, help="rows to write at the end, those that come next in each sequence ...")
+    add("--to", metavar="FILE", help="... to this .csv")
     add("--category_weight", type=number(float, 0), default=0.03,
         help="of the categorical cells' loss beside the numeric cells'")
 
@@ -102,6 +105,48 @@ def check(args, table):
     if args.given + max(args.horizons) > table.seq_len or len(roll_out_windows(table, args)) == 0:
         fail(f"--given {args.given} rows and --horizons up to {max(args.horizons)} do not fit into windows "
              f"of {table.seq_len} rows (--seq_len), or into the test split")
+    if bool(args.forecast) != bool(args.to):
+        fail("--forecast (how many rows) and --to (into which file) go together")
+    if args.forecast:
+        check_target("--to", args.to, args.data)
+        for name in [name for name in table.keys if table.kinds[name] == "time"]:
+            step = table.facts[name][2]
+            if not step > 0 * step:
+                fail(f"{args.data}: --forecast cannot go on from {name!r}, whose median step is {step}; are there "
+                     "several sequences in the file? --group_col tells them apart")
+
+
+# -----------------------------------------------------------------------------
+# your own file: the rows that come next
+
+def apply_to_file(model, table, means, args):
+    """--forecast: write the rows that come next in each sequence. means: {column: {method: test error}}."""
+    if not args.forecast:
+        return
+    schema, steps, learnt = table.schema, args.forecast, table.learnt()
+    start, end = table.segments["all"].unbind(1)
+    windows = torch.stack([torch.maximum(start, end - table.seq_len), end], dim=1)      # the last of each
+    keys, clock = table.coming(steps)
+    parts = [model.rollout(table.batch(w), c, steps) for w, c in zip(windows.split(256), clock.split(256))]
+    rows = type(parts[0])(*(torch.cat(x).flatten(0, 1) for x in zip(*parts)))   # (sequences * steps, ...)
+    cells, text, N = Cells(table, args), {}, len(schema.numeric)
+    for name, kind in table.kinds.items():
+        if kind == "time":
+            text[name] = cells.stamps(name, keys[name])
+            print(f"\n{name} goes on at its median step, {table.facts[name][2]}, "
+                  f"from {keys[name].min()} to {keys[name].max()}")
+        elif kind == "group":
+            text[name] = cells.text[name].to_numpy()[keys.index]
+        elif name in schema.numeric + schema.categorical:
+            j = (schema.numeric + schema.categorical).index(name)
+            there = rows.observed[:, j] & learnt[j]
+            column = np.full(len(there), "", dtype=object)
+            values = rows.numeric[:, j] if j < N else rows.categorical[:, j - N]
+            if there.any():
+                column[there.numpy()] = cells.like(name, values[there])
+            text[name] = column
+    replace_file(args.to, lambda path: cells.write(path, pd.DataFrame(text)))
+    print(f"wrote {args.to}: {steps} rows of each of {len(windows)} sequence(s)")
 
 
 # -----------------------------------------------------------------------------
@@ -420,7 +465,8 @@ def draw_lines(plt, x, lines, **labels):
 
 
 def conclude(model, table, unit, args, device, autocast, history, facts):
-    """The test split, read once, with the best weights: tables on the screen, results.json and pictures."""
+    """The test split, read once, with the best weights: tables on the screen, results.json and pictures.
+    Returns the mean error of each column in own units, {column: {method: error}}."""
     model.load_state_dict(load_checkpoint(os.path.join(args.out_dir, "best.pt"))["model"])
     stride = args.eval_stride or max(1, table.seq_len // 4)
     _, errors, cells, beyond = evaluate(model, table, "test", stride, unit, args, device, autocast)
@@ -432,12 +478,13 @@ def conclude(model, table, unit, args, device, autocast, history, facts):
 
     schema = table.schema
     print(f"\n{'mean absolute error, own units':<32}" + "".join(f"{name:>11}" for name in errors))
-    for j, (name, scale) in enumerate(zip(schema.numeric + schema.categorical,
-                                          schema.scale + [1.0] * len(schema.categorical))):
-        if cells[:, j].any():
-            means = [float((e[0, :, j] / cells[:, j].clamp(min=1)).mean()) * scale for e in errors.values()]
-            name += " (share wrong)" if j >= len(schema.numeric) else ""
-            print(f"{name:<32}" + "".join(f"{value:>11.4g}" for value in means))
+    means, scales = {}, schema.scale + [1.0] * len(schema.categorical)          # {column: {method: error}}
+    for j, (name, scale) in enumerate(zip(schema.numeric + schema.categorical, scales)):
+        count = cells[:, j].sum() or math.nan                                   # nan: nothing was scored
+        means[name] = {method: float(e[0, :, j].sum() / count) * scale for method, e in errors.items()}
+        if count > 0:
+            name, values = name + " (share wrong)" * (j >= len(schema.numeric)), means[name].values()
+            print(f"{name:<32}" + "".join(f"{value:>11.4g}" for value in values))
     if beyond:
         print(f"beyond --clip {schema.clip:g} and so scored for nobody, over all windows and rates: {beyond}")
 
@@ -447,7 +494,7 @@ def conclude(model, table, unit, args, device, autocast, history, facts):
         import matplotlib.pyplot as plt
     except ImportError:
         print("no pictures without matplotlib: pip install matplotlib")
-        return
+        return means
     steps = [row["step"] for row in history]
     losses = {name: [row[name] for row in history] for name in ("train", "val")}
     curves = {name: means["mse"] for name, means in curves.items()}
@@ -459,6 +506,7 @@ def conclude(model, table, unit, args, device, autocast, history, facts):
         figure.savefig(os.path.join(args.out_dir, name), dpi=120, bbox_inches="tight")
         plt.close(figure)
         print(f"wrote {os.path.join(args.out_dir, name)}")
+    return means
 
 
 def main(argv=None):
@@ -617,7 +665,8 @@ def main(argv=None):
         raise SystemExit(code)
     if rank == 0:
         facts = {"steps": step, "seconds": round(time.perf_counter() - began, 1), "n_params": n_params}
-        conclude(raw, table, unit, args, device, autocast, history, facts)
+        means = conclude(raw, table, unit, args, device, autocast, history, facts)
+        apply_to_file(raw, table, means, args)
     return history
 
 

@@ -3,7 +3,8 @@ Masked modelling on a table that changes over time: hide some cells, learn to fi
 
     python train_mlm.py                                     # simulated sensors, minutes on two cores
     python train_mlm.py --mask_prob 0.2
-    python train_mlm.py --data my.csv --mask_style span     # your own file; hide runs of rows
+    python train_mlm.py --data my.csv --fill filled.csv     # your own file, and its holes filled
+    python train_mlm.py --data my.csv --mask_style span     # whose holes come in runs of rows
     python train_mlm.py --score observed                    # the mistake of scoring what the model can see
     python train_mlm.py --resume --max_steps 2400           # go on from out/train_mlm/last.pt
     torchrun --standalone --nproc_per_node=2 train_mlm.py   # two processes, or two GPUs
@@ -28,7 +29,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from data import add_arguments, fail, load_table, number, step_generator
+from data import UNK_ID, Cells, add_arguments, check_target, fail, load_table, number, step_generator
 from masking import (Targets, bert_style_masking, create_inputs, create_masks, get_mask_probability,
                      pencil_category, pencil_in, scorable)
 from model import Config, TableTransformer, count_scored, first_non_finite, sum_losses, window_scale
@@ -59,7 +60,8 @@ def get_parser():
     add("--score", choices=["hidden", "observed"], default="hidden",
         help="cells in the training loss; observed is the identity-reconstruction mistake, as an experiment")
     add("--eval_mask_probs", type=rate, nargs="+", default=[0.125, 0.25, 0.375, 0.5],
-        help="rates of evaluation")
+        help="rates of evaluation, of single cells and, with --mask_style span, of runs as well")
+    add("--fill", metavar="FILE", help="at the end write the table to this .csv, its holes filled")
     add("--category_weight", type=number(float, 0), default=1.0,
         help="of the categorical cells' loss beside the numeric cells'")
 
@@ -99,10 +101,55 @@ def check(args, table):
     if args.mask_share + args.random_share > 1:
         fail(f"--mask_share {args.mask_share} and --random_share {args.random_share} exceed 1 together")
     rate = max(args.mask_prob, args.mask_prob_start or 0.0)
-    highest = rate + args.mask_spread * min(rate, 1 - rate)
+    highest = max(rate + args.mask_spread * min(rate, 1 - rate), *args.eval_mask_probs)
     if args.mask_style == "span" and highest > 1 - 1 / args.mask_span:
         fail(f"--mask_span {args.mask_span:g} is too short to hide {highest:.0%} of the cells, "
-             "which --mask_prob and --mask_spread ask for")
+             "which --mask_prob and --mask_spread, or --eval_mask_probs, ask for")
+    if args.fill:
+        check_target("--fill", args.fill, args.data)
+
+
+# -----------------------------------------------------------------------------
+# your own file: its holes filled
+
+def apply_to_file(model, table, means, args):
+    """--fill: write the table with a value in every hole. means: {column: {method: mean error on test}}."""
+    if not args.fill:
+        return
+    schema, windows = table.schema, max(1, EVAL_ROWS // table.seq_len)
+    N, names, learnt = len(schema.numeric), schema.numeric + schema.categorical, table.learnt().tolist()
+    for these, owned in zip(*(x.split(windows) for x in table.owners())):
+        batch = table.batch(these)
+        numeric, ids = model.predict(create_inputs(batch, batch.observed, CAUSAL))
+        rows = these[:, :1] + torch.arange(table.seq_len)                       # (B, T)
+        mine = (rows >= owned[:, :1]) & (rows < owned[:, 1:])       # each row from where it is most central
+        rows = rows[mine]
+        seen = table.observed[rows]
+        # where nothing was observed these tensors hold zeros that nobody reads: room for what we say
+        table.numeric[rows] = torch.where(seen[:, :N], table.numeric[rows], numeric[mine])
+        table.categorical[rows] = torch.where(seen[:, N:], table.categorical[rows], ids[mine].int())
+    cells, worse = Cells(table, args), []
+    print(f"\n{'filled':<32}{'cells':>11}{'no reading':>11}{'model':>11}{'linear':>11}  (test error)")
+    for j, name in enumerate(names):
+        holes = ~table.observed[:, j]
+        values = (table.numeric[:, j] if j < N else table.categorical[:, j - N])[holes]
+        if learnt[j] and len(values):
+            cells.fill(name, holes.numpy(), cells.like(name, values))
+            ours, theirs = (means[name][method] for method in ("model", "linear"))
+            worse += [name] * (ours > theirs)
+            repaired = table.facts[name][0] if j < N else 0
+            print(f"{name:<32}{len(values):>11,}{repaired:>11,}{ours:>11.4g}{theirs:>11.4g}")
+    unseen = (table.categorical == UNK_ID).sum(dim=0).tolist()
+    for what, which in {
+            "interpolation did better on test in": worse,
+            "left empty, since the train rows have no value of it": [
+                name for name, here in zip(names, learnt) if not here],
+            "kept, though the train rows have no such category": [
+                f"{name} ({n} rows)" for name, n in zip(schema.categorical, unseen) if n]}.items():
+        if which:
+            print(f"{what}: {', '.join(which)}")
+    replace_file(args.fill, lambda path: cells.write(path, cells.text))
+    print(f"wrote {args.fill}")
 
 
 # -----------------------------------------------------------------------------
@@ -114,19 +161,19 @@ CAUSAL = False          # who may look where: every row of a window at every oth
 def objective(batch, args, generator, step=None, case=None):
     """data.Batch -> what the model sees, masking.Inputs, and what it is asked, masking.Targets.
 
-    In training `step` sets the rate. In evaluation `case` is the rate, and every hidden cell is [MASK].
+    In training `step` sets the rate. In evaluation `case` is style and rate, and every hidden cell is [MASK].
     """
-    rate, style, mask_share = case, "cell", 1.0
+    style, rate = case or (args.mask_style, None)
     if case is None:
         start = args.mask_prob_start or args.mask_prob
         rate = get_mask_probability(step, args.max_steps, start, args.mask_prob)
         u = 2 * torch.rand(len(batch.valid), 1, 1, generator=generator) - 1     # each window has its own rate
         rate = rate + u * args.mask_spread * min(rate, 1 - rate)                # (B, 1, 1)
-        style, mask_share = args.mask_style, args.mask_share
     answerable = scorable(batch.observed, batch.categorical)                    # has a right answer
     hidden = create_masks(answerable, rate, generator, style, args.mask_span)
     numeric, categorical, shown = bert_style_masking(batch.numeric, batch.categorical, batch.observed, hidden,
-                                                     generator, mask_share, args.random_share)
+                                                     generator, 1.0 if case else args.mask_share,
+                                                     args.random_share)
     # guesses and statistics come from known cells alone: a random or kept cell is shown, but not known
     inputs = create_inputs(batch, batch.observed & ~hidden, CAUSAL)
     inputs = inputs._replace(numeric=numeric, categorical=categorical, shown=shown)
@@ -135,7 +182,7 @@ def objective(batch, args, generator, step=None, case=None):
 
 
 def eval_cases(args):
-    return args.eval_mask_probs                     # the same rates all through a run, whatever training does
+    return [(style, rate) for style in sorted({"cell", args.mask_style}) for rate in args.eval_mask_probs]
 
 
 def baselines(inputs, args):
@@ -152,14 +199,16 @@ def examine(model, table, errors, cells, args):
     """Print what the test split comes to. Returns what results.json keeps of it; a curve to draw, as the name
     of its axis, the cases along it and {method: means}; and windows to draw, as a Batch, which of its cells
     had to be guessed, (B, T, F) bool, and {method: guesses (B, T, N)}."""
-    rates, test = args.eval_mask_probs, judge(errors, cells, table.schema)
+    rates, test = args.eval_mask_probs, {}
     shares = {f"{rate:.1%}": i for i, rate in enumerate(rates)}
-    print_table("mean squared error, scaled", shares, test, "mse")
-    print_table("accuracy of categories", shares, test, "accuracy")
+    for style, i in zip(sorted({"cell", args.mask_style}), torch.arange(len(cells)).split(len(rates))):
+        test[style] = judge({name: e[:, i] for name, e in errors.items()}, cells[i], table.schema)
+        print_table("mean squared error, scaled" + ", runs" * (style == "span"), shares, test[style], "mse")
+        print_table("accuracy of categories" + ", runs" * (style == "span"), shares, test[style], "accuracy")
     windows = table.starts("test", table.seq_len)
     batch = table.batch(windows[len(windows) // 2:][:3])                        # from the middle of the split
-    inputs, targets = objective(batch, args, step_generator(0), case=0.3)
-    return ({"eval_mask_probs": rates, "test": test}, ("share of cells hidden", rates, test),
+    inputs, targets = objective(batch, args, step_generator(0), case=(args.mask_style, 0.3))
+    return ({"eval_mask_probs": rates, "test": test}, ("share of cells hidden", rates, test[args.mask_style]),
             (batch, targets.score, {"linear": inputs.pencil, "model": model.predict(inputs)[0]}))
 
 
@@ -413,7 +462,8 @@ def draw_lines(plt, x, lines, **labels):
 
 
 def conclude(model, table, unit, args, device, autocast, history, facts):
-    """The test split, read once, with the best weights: tables on the screen, results.json and pictures."""
+    """The test split, read once, with the best weights: tables on the screen, results.json and pictures.
+    Returns the mean error of each column in own units, {column: {method: error}}."""
     model.load_state_dict(load_checkpoint(os.path.join(args.out_dir, "best.pt"))["model"])
     stride = args.eval_stride or max(1, table.seq_len // 4)
     _, errors, cells, beyond = evaluate(model, table, "test", stride, unit, args, device, autocast)
@@ -425,12 +475,13 @@ def conclude(model, table, unit, args, device, autocast, history, facts):
 
     schema = table.schema
     print(f"\n{'mean absolute error, own units':<32}" + "".join(f"{name:>11}" for name in errors))
-    for j, (name, scale) in enumerate(zip(schema.numeric + schema.categorical,
-                                          schema.scale + [1.0] * len(schema.categorical))):
-        if cells[:, j].any():
-            means = [float((e[0, :, j] / cells[:, j].clamp(min=1)).mean()) * scale for e in errors.values()]
-            name += " (share wrong)" if j >= len(schema.numeric) else ""
-            print(f"{name:<32}" + "".join(f"{value:>11.4g}" for value in means))
+    means, scales = {}, schema.scale + [1.0] * len(schema.categorical)          # {column: {method: error}}
+    for j, (name, scale) in enumerate(zip(schema.numeric + schema.categorical, scales)):
+        count = cells[:, j].sum() or math.nan                                   # nan: nothing was scored
+        means[name] = {method: float(e[0, :, j].sum() / count) * scale for method, e in errors.items()}
+        if count > 0:
+            name, values = name + " (share wrong)" * (j >= len(schema.numeric)), means[name].values()
+            print(f"{name:<32}" + "".join(f"{value:>11.4g}" for value in values))
     if beyond:
         print(f"beyond --clip {schema.clip:g} and so scored for nobody, over all windows and rates: {beyond}")
 
@@ -440,7 +491,7 @@ def conclude(model, table, unit, args, device, autocast, history, facts):
         import matplotlib.pyplot as plt
     except ImportError:
         print("no pictures without matplotlib: pip install matplotlib")
-        return
+        return means
     steps = [row["step"] for row in history]
     losses = {name: [row[name] for row in history] for name in ("train", "val")}
     curves = {name: means["mse"] for name, means in curves.items()}
@@ -452,6 +503,7 @@ def conclude(model, table, unit, args, device, autocast, history, facts):
         figure.savefig(os.path.join(args.out_dir, name), dpi=120, bbox_inches="tight")
         plt.close(figure)
         print(f"wrote {os.path.join(args.out_dir, name)}")
+    return means
 
 
 def main(argv=None):
@@ -610,7 +662,8 @@ def main(argv=None):
         raise SystemExit(code)
     if rank == 0:
         facts = {"steps": step, "seconds": round(time.perf_counter() - began, 1), "n_params": n_params}
-        conclude(raw, table, unit, args, device, autocast, history, facts)
+        means = conclude(raw, table, unit, args, device, autocast, history, facts)
+        apply_to_file(raw, table, means, args)
     return history
 
 
