@@ -26,7 +26,8 @@ import torch.nn.functional as F
 from pandas.tseries.api import guess_datetime_format
 
 SENTINEL = 1e30                     # files write "no reading" as -1.18e42; nothing we measure is that big
-DATE = r"\d{4}-?\d\d-?\d\d|\d{1,2}[./-]\d{1,2}[./-]\d{2,4}"   # 2024-12-31, 31.12.2024, 12/31/24
+DATE = (r"\d{4}-?\d\d-?\d\d|\d{1,2}[./-](?:\d{1,2}|[A-Za-z]{3})[./-]\d{2,4}"     # 2024-12-31, 31.12.24
+        r"|^\d{4}-(?:\d\d|Q\d)$|^[A-Za-z]{3} \d{4}$")          # and 31-Dec-24, 2024-12, 2024-Q4, Dec 2024
 MAX_CATEGORIES = 1000               # a text column with more distinct values than this is an identifier
 CYCLES = {"day": 86_400, "year": 365.25 * 86_400}      # in seconds: the hands of the clock
 MASK_ID, UNK_ID = 0, 1              # reserved in every categorical column; its own values start at 2
@@ -244,7 +245,7 @@ GROUPS = {"planets": "idx"}             # the group column of a simulation, wher
 def read_options(text):
     """Options for pandas.read_csv, such as "sep=; decimal=,", as a dict."""
     options = {}
-    for option in (text or "").split():
+    for option in re.split(r"\s+(?=\w+=)", text.strip()) if text else []:
         key, _, value = option.partition("=")
         try:
             options[key] = ast.literal_eval(value)              # numbers, lists, None, True ...
@@ -265,7 +266,9 @@ def read_table(source, read_csv=None, as_text=False):
     source: a simulation's name, or a path to .csv, .csv.gz or .parquet; read_csv: see `read_options`.
     as_text: every cell as it is written in the file, or as pandas would write it, "" where empty.
     """
-    options = {"na_values": MISSING, **read_options(read_csv)}
+    options = read_options(read_csv)
+    if not isinstance(options.get("na_values"), dict):          # a dict is for some columns: leave it alone
+        options["na_values"] = MISSING + np.ravel(options.get("na_values", [])).tolist()
     if source in SIMULATIONS and not as_text:
         return SIMULATIONS[source]()
     try:
@@ -288,11 +291,15 @@ def read_table(source, read_csv=None, as_text=False):
     except Exception as e:      # foreign files and options raise anything: half a .gz, no pyarrow ...
         why = (str(e).strip().splitlines() or [type(e).__name__])[0]
         hint = {ImportError: "; pip install pyarrow",
-                UnicodeDecodeError: "; in another encoding? --read_csv encoding=latin-1"}.get(type(e), "")
+                UnicodeDecodeError: "; in another encoding? --read_csv encoding=latin-1",
+                pd.errors.ParserError: "; another separator, or lines before the header? --read_csv 'sep=;' "
+                                       "or 'skiprows=2'"}.get(type(e), "")
         by = f" with {read_csv!r}" if read_csv else ""
         fail(f"{source}: pandas cannot read this table{by} ({why}){hint}")
     if len(table) == 0:
         fail(f"{source}: the table has no rows")
+    if table.shape[1] == 1 and "skip_blank_lines" not in options and source.endswith((".csv", ".csv.gz")):
+        return read_table(source, f"{read_csv or ''} skip_blank_lines=False", as_text)   # here they are holes
     if not table.columns.is_unique:
         fail(f"{source}: several columns are called {table.columns[table.columns.duplicated()][0]!r}")
     if ragged or table.shape[1] == 1 and set(table.columns[0]) & set(";\t|"):
@@ -312,8 +319,7 @@ def read_table(source, read_csv=None, as_text=False):
 def as_time(column):
     """The column as time stamps if every value that is there reads as one, else None."""
     text = column.dropna()
-    # pandas takes "M3" and "may" for dates as well: we want to see one
-    if pd.api.types.is_numeric_dtype(column) or not text.iloc[:1].astype(str).str.contains(DATE).any():
+    if pd.api.types.is_numeric_dtype(column) or len(text) == 0:
         return None
     for options in ({}, {"dayfirst": True}, {"format": "ISO8601"}, {"utc": True}):      # last: several zones
         with warnings.catch_warnings():
@@ -328,7 +334,7 @@ def as_time(column):
     return None
 
 
-def infer_kind(column):
+def infer_kind(column, source):
     """"numeric", "categorical", "time" or "dropped: why", from the values of one column."""
     if pd.api.types.infer_dtype(column, skipna=True) in ("boolean", "categorical"):
         return "categorical"                                # to pandas, True with holes is any object
@@ -336,10 +342,17 @@ def infer_kind(column):
         numeric = pd.to_numeric(column, errors="coerce").notna().sum()
         if numeric >= 0.9 * column.notna().sum():           # a "Bad" among numbers is a missing number
             return "numeric"
-    if as_time(column) is not None:
-        return "time"
-    if column.astype(str).nunique() > MAX_CATEGORIES:
-        return f"dropped: more than {MAX_CATEGORIES} distinct texts (--categorical_cols keeps it)"
+    # pandas takes "M3" and "may" for dates as well: we want to see one, and all of them to be one
+    words = pd.Series(column.dropna().unique()).astype(str)
+    dates = words.str.contains(DATE)
+    if dates.mean() >= 0.9:
+        if as_time(column) is not None:
+            return "time"
+        odd = words[~dates].iloc[0] if not dates.all() else words.iloc[-1]
+        fail(f"{source}: {column.name!r} does not read as time stamps in one format (such as {odd!r}): "
+             f"--read_csv 'skiprows=[1]' leaves out a row of units, --drop_cols {column.name} the column")
+    if len(words) > MAX_CATEGORIES:
+        return f"dropped: over {MAX_CATEGORIES} distinct texts (--numeric_cols, --categorical_cols keep it)"
     return "categorical"
 
 
@@ -359,7 +372,7 @@ def infer_kinds(table, args):
             fail(f"{args.data}: there is no column {name!r}; it has {some}")
     for name in table.columns:
         if name not in kinds:
-            kind = infer_kind(table[name])
+            kind = infer_kind(table[name], args.data)
             second = kind == "time" and "time" in kinds.values()
             kinds[name] = "dropped: a second time column" if second else kind
         if name in args.numeric_cols and np.isnan(numbers(table[name])[0]).all():
@@ -504,7 +517,6 @@ class Table:
         is_numeric, is_category = observed.split([self.numeric.shape[1], self.categorical.shape[1]], dim=-1)
         return Batch(self.numeric[rows] * is_numeric, self.categorical[rows].long() * is_category,
                      observed, valid, self.clock[rows] * valid[..., None])
-
 
     def learnt(self):
         """(F,) bool, True = the column has a value in the train rows, so the model has met it."""
@@ -651,9 +663,11 @@ class Cells:
             fail(f"{args.data}: its rows or columns are others when it is read as text (--read_csv)")
         self.header = dict(zip(self.text, self.text))
         self.encoding = self.options.get("encoding", "utf-8")
-        if args.data.endswith((".csv", ".csv.gz")) and not {*self.options} - {"sep", "decimal", "encoding"}:
+        renamed = {"header", "names", "usecols", "index_col"} & {*self.options}
+        if os.path.exists(args.data) and not args.data.endswith(".parquet") and not renamed:
             # pandas renames columns that are called alike or not at all, and hides the mark Excel asks for
             options = text_options(self.options) | {"header": None, "nrows": 1}
+            options.pop("skipfooter", None)                     # which does not go with nrows
             self.header = dict(zip(self.text, pd.read_csv(args.data, **options).iloc[0]))
             with open(args.data, "rb") as file:
                 self.encoding = "utf-8-sig" if file.read(3) == codecs.BOM_UTF8 else self.encoding
@@ -674,20 +688,21 @@ class Cells:
         if j >= N:
             spelling = own.groupby(self.table.categorical[:, j - N].numpy()[seen]).first()
             return spelling.reindex(values.numpy()).to_numpy()
-        point = self.options.get("decimal", ".")
+        own, point = own.str.strip(), self.options.get("decimal", ".")
         decimals = own.str.extract(rf"{re.escape(point)}(\d+)$", expand=False).fillna("")
-        digits = int(decimals.str.len().max())
+        digits = min(15, int(decimals.str.len().quantile(0.95)))        # one 20.400000000000002 is no manner
         x = values.double().numpy() * schema.scale[j] + schema.center[j]
         if own.str.contains("e", case=False).any():             # 1.2e-05 has no fixed number of them
             return np.array([f"{v:.6g}".replace(".", point) for v in x], dtype=object)
         x = np.round(x, 0 if decimals.str.strip("0").eq("").all() else digits) + 0.0        # no "-0"
-        return np.array([f"{v:.{digits}f}".replace(".", point) for v in x], dtype=object)
+        width = own.str.len().max() if own.str.fullmatch(r"0\d+").any() else 0      # 0148
+        return np.array([f"{v:0{width}.{digits}f}".replace(".", point) for v in x], dtype=object)
 
     def stamps(self, name, times):
         """Time stamps or numbers, a Series, as the column of that name writes its own; else as ISO 8601."""
         own = self.text[name].to_numpy()[self.table.keys.index[:100]]
         if not pd.api.types.is_datetime64_any_dtype(times):
-            return times.astype(str)
+            return times.convert_dtypes().astype(str)           # 2020.0 is 2020
         for options in ({}, {"dayfirst": True}):
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")                 # of a day that cannot be a month
@@ -698,10 +713,11 @@ class Cells:
 
     def write(self, path, text):
         """A DataFrame of texts, with the file's own header, separator and encoding."""
-        sep = self.options.get("sep", ",")
+        sep = self.options.get("sep", self.options.get("delimiter")) or ","
         header = self.options.get("header", 0) is not None and [self.header[name] for name in text]
         text.to_csv(path, index=False, header=header, sep=sep if len(sep) == 1 else ",",
-                    encoding=self.encoding, compression="gzip" if ".csv.gz" in path else None)
+                    encoding=self.encoding,
+                    compression="gzip" if path.removesuffix(".tmp").endswith(".gz") else None)
 
 
 def step_generator(*key):
@@ -781,8 +797,10 @@ def describe(table, args):
               + "".join(f"{value:>11.4g}" for value in statistics) + f"   {name}")
     for k, name in enumerate(schema.categorical):
         ids, words = table.categorical[:, k], schema.vocabulary[k]
+        odd = len(words) > 20 and bool(pd.to_numeric(pd.Series(words), errors="coerce").notna().mean() > 0.5)
         print(f"{(ids == MASK_ID).double().mean():>11.2%}   {name}: {len(words)} categories ("
-              + ", ".join(words[:6]) + f"), not seen in train: {int((ids == UNK_ID).sum())} rows")
+              + ", ".join(words[:6]) + f"), not seen in train: {int((ids == UNK_ID).sum())} rows"
+              + f"; are they numbers? --numeric_cols {name}" * odd)
     for name, kind in table.kinds.items():
         if kind not in ("numeric", "categorical"):
             time = "from {} to {}, median step {}, {} stamps repeated"

@@ -118,6 +118,20 @@ def bert_style_masking(numeric, categorical, observed, hidden, generator, mask_s
     return numeric, categorical.masked_fill(masked[..., n_numeric:], 0), observed & ~masked
 
 
+def mix_up(batch, most, generator):
+    """The Batch, each window's numbers up to the share `most` those of the window before it (Zhang 2018):
+    what columns have to do with each other holds in a mixture, and none comes twice to be learnt by heart.
+    A number that is missing in either is missing. most 0: the batch as it is, and nothing is drawn.
+    """
+    if not most:
+        return batch
+    numeric, observed, N = batch.numeric, batch.observed, batch.numeric.shape[-1]
+    part = most * torch.rand(len(numeric), 1, 1, generator=generator)           # (B, 1, 1)
+    both = observed[..., :N] & observed[..., :N].roll(1, dims=0)                # (B, T, N)
+    mixed = torch.where(both, numeric + part * (numeric.roll(1, dims=0) - numeric), 0.0)
+    return batch._replace(numeric=mixed, observed=torch.cat([both, observed[..., N:]], dim=-1))
+
+
 def get_mask_probability(step, total_steps, start, end):
     """Progressive masking: linear from `start` at step 0 to `end` at step total_steps - 1, both exactly.
 

@@ -67,9 +67,11 @@ def rotary_table(T, head_size, base=100.0):
 
 
 def rotate(x, cos, sin):
-    """Turn x (B, nh, T, hs) by its row's angles: q @ k then depends on their distance alone."""
-    a, b = x.chunk(2, dim=-1)                                                   # (B, nh, T, hs/2) each
-    return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1)            # (B, nh, T, hs)
+    """Turn pairs of channels of q and k, x (B, T, 2, nh, hs), by their row's angle: q @ k then depends on the
+    distance of the rows alone. A pair is a complex number; to turn it is to multiply it by cos + i sin."""
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))             # (B, T, 2, nh, hs/2)
+    turn = torch.complex(cos, sin)[:, None, None]                               # (T, 1, 1, hs/2)
+    return torch.view_as_real(pairs * turn).flatten(-2).type_as(x)              # x may be bfloat16
 
 
 def plain_attention(q, k, v, attend=None):
@@ -89,15 +91,16 @@ class SelfAttention(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.n_head, self.dropout, self.causal = config.n_head, config.dropout, config.causal
-        self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd)
-        self.proj = nn.Linear(config.n_embd, config.n_embd)
+        # no biases in a block: LayerNorm has its own, and a tenth of a small model's step would go into them
+        self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd, bias=False)
+        self.proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
 
     def forward(self, x, attend, cos, sin):
         B, T, D = x.shape
-        q, k, v = self.qkv(x).view(B, T, 3, self.n_head, D // self.n_head).unbind(dim=2)    # (B, T, nh, hs)
+        qk, v = self.qkv(x).view(B, T, 3, self.n_head, D // self.n_head).split([2, 1], dim=2)
+        q, k, v = *rotate(qk, cos, sin).unbind(dim=2), v.squeeze(2)             # (B, T, nh, hs) each
         # heads before rows: given (B, T, nh, hs) the kernel would attend over the heads, without complaint
         q, k, v = (z.transpose(1, 2) for z in (q, k, v))                        # (B, nh, T, hs)
-        q, k = rotate(q, cos, sin).type_as(v), rotate(k, cos, sin).type_as(v)   # v may be bfloat16
         # fused softmax(q k^T) v that never holds the T x T weights (Dao 2022); dropout only while training
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=attend, is_causal=self.causal,
                                            dropout_p=self.dropout if self.training else 0.0)
@@ -108,8 +111,8 @@ class MLP(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.fc = nn.Linear(config.n_embd, 4 * config.n_embd)
-        self.proj = nn.Linear(4 * config.n_embd, config.n_embd)
+        self.fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=False)
+        self.proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=False)
 
     def forward(self, x):
         return self.proj(F.gelu(self.fc(x)))                                    # (B, T, D)
@@ -358,43 +361,59 @@ def find_leaks(causal, wrong_axis=False, T=12, N=3):
     return torch.stack(lines)
 
 
-def bench(repeats=9):
-    """Time of a training step at three shapes, and its share of the speed of a plain matrix product."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+def bench(compiled, repeats=15):
+    """Time of a training step, and its share of the speed of a plain matrix product in the same dtype."""
+    from data import Schema, Table, step_generator          # for this demonstration only
 
-    def seconds(work):
+    device, N = "cuda" if torch.cuda.is_available() else "cpu", 7
+
+    def median(work):
         times = []
-        for _ in range(repeats + 2):                        # the first two warm up
+        for _ in range(repeats + 3):                        # the first three warm up
             start = time.perf_counter()
             work()
             if device == "cuda":
                 torch.cuda.synchronize()
             times.append(time.perf_counter() - start)
-        return sorted(times[2:])[repeats // 2]
+        return sorted(times[3:])[repeats // 2]
 
+    shapes = [(96, 32, 128, 4, 4), (256, 16, 384, 6, 6), (1024, 14, 128, 4, 4)]
+    shapes += [(1024, 32, 512, 8, 4)] * (device == "cuda")
+    rows = 100_000
     for dtype in (torch.float32, torch.bfloat16):
-        a = torch.randn(2048, 2048, device=device, dtype=dtype)
-        peak = 2 * len(a) ** 3 / seconds(lambda: a @ a)     # FLOP/s
-        for T, B, D, n_layer, n_head in ((96, 32, 128, 4, 4), (256, 16, 384, 6, 6), (1024, 14, 128, 4, 4)):
-            model = TableTransformer(Config(7, [], 4, T, n_layer, n_head, D)).to(device)
-            optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-            x, known = torch.randn(B, T, 7, device=device), torch.rand(B, T, 7, device=device) > 0.3
-            ids = torch.zeros(B, T, 0, dtype=torch.long, device=device)
-            inputs = Inputs(x, ids, known, known, x, ids, torch.zeros(B, T, 4, device=device), None)
+        a = torch.randn(*[8192 if device == "cuda" else 2048] * 2, device=device, dtype=dtype)
+        peak = 2 * len(a) ** 3 / median(lambda: a @ a)      # FLOP/s
+        for T, B, D, n_layer, n_head in shapes:
+            raw = TableTransformer(Config(N, [], 4, T, n_layer, n_head, D)).to(device)
+            model = torch.compile(raw) if compiled else raw
+            optimizer = torch.optim.AdamW(raw.parameters(), fused=True)
+            table = Table(Schema([""] * N, [], [], [], [], [], 10.0), torch.randn(rows, N),
+                          torch.zeros(rows, 0, dtype=torch.int32), torch.ones(rows, N, dtype=torch.bool),
+                          torch.zeros(rows, 4), {}, {}, None, T, {"train": torch.tensor([[0, rows]])})
+
+            def batch():
+                batch = table.batch(table.sample("train", B, step_generator(0)))
+                hidden = create_masks(batch.observed, 0.3, step_generator(0))
+                return batch.numeric, create_inputs(batch, ~hidden, causal=False)
 
             def step():
                 with torch.autocast(device, dtype, enabled=dtype != torch.float32):
                     guess = model(inputs)
-                F.mse_loss(guess.numeric, x + 1).backward()
-                nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+                F.mse_loss(guess.numeric, target).backward()
+                nn.utils.clip_grad_norm_(raw.parameters(), 1.0)
                 optimizer.step()
                 optimizer.zero_grad()
 
-            took = seconds(step)
+            cutting = median(batch)
+            target, inputs = batch()
+            target, inputs = target.to(device), Inputs(*(x if x is None else x.to(device) for x in inputs))
+            took = median(step)
             # 6 operations a parameter and token, and attention's two T x T products, as nanoGPT counts them
-            flops = B * T * (6 * sum(p.numel() for p in model.parameters()) + 12 * n_layer * D * T) / took
+            flops = B * T * (6 * sum(p.numel() for p in raw.parameters()) + 12 * n_layer * D * T) / took
+            memory = f", {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB" if device == "cuda" else ""
             print(f"T {T:4d}, B {B:2d}, D {D:3d}, {str(dtype)[6:]:<8} {took * 1e3:7.1f} ms a step, "
-                  f"{B * T * 7 / took:9,.0f} cells/s, {flops / 1e9:6.0f} GFLOP/s, {flops / peak:.2f} matmul")
+                  f"{B * T * N / took:10,.0f} cells/s, {flops / 1e9:7,.0f} GFLOP/s, {flops / peak:.2f} matmul"
+                  f"{memory}; a batch {cutting * 1e3:.1f} ms", flush=True)
 
 
 if __name__ == "__main__":
@@ -402,9 +421,10 @@ if __name__ == "__main__":
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--leaks", action="store_true", help="who depends on whom, as a picture in text")
     parser.add_argument("--bench", action="store_true", help="how long a training step takes")
+    parser.add_argument("--compile", action="store_true", help="with torch.compile")
     args = parser.parse_args()
     if args.bench:
-        bench()
+        bench(args.compile)
     elif args.leaks:
         print("a line an output row, # = it depends on this input row")
         print("".join(f"{title:<30}" for title in ("both ways", "causal", "causal, over the wrong axis")))

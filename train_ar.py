@@ -68,7 +68,7 @@ def get_parser():
     add("--batch_size", type=size, default=32, help="windows in a forward pass")
     add("--grad_accum", type=size, default=1, help="forward passes in a step")
     add("--max_steps", type=count, default=2000, help="optimiser steps")
-    add("--lr", type=number(float, 0), default=1e-3, help="peak learning rate of AdamW")
+    add("--lr", type=number(float, 0), default=2e-3, help="peak learning rate of AdamW")
     add("--min_lr", type=number(float, 0), default=5e-5, help="learning rate at the end of the cosine")
     add("--warmup_steps", type=count, default=100, help="linear warmup")
     add("--weight_decay", type=number(float, 0), default=0.1, help="of matrices, not of biases and norms")
@@ -104,7 +104,7 @@ def check(args, table):
         fail(f"--season {args.season} looks back further than a roll-out's --given {args.given} rows")
     if args.given + max(args.horizons) > table.seq_len or len(roll_out_windows(table, args)) == 0:
         fail(f"--given {args.given} rows and --horizons up to {max(args.horizons)} do not fit into windows "
-             f"of {table.seq_len} rows (--seq_len), or into the test split")
+             f"of {table.seq_len} rows (--seq_len), or into the test split; --given 3 --horizons 3 is less")
     if bool(args.forecast) != bool(args.to):
         fail("--forecast (how many rows) and --to (into which file) go together")
     if args.forecast:
@@ -112,8 +112,8 @@ def check(args, table):
         for name in [name for name in table.keys if table.kinds[name] == "time"]:
             step = table.facts[name][2]
             if not step > 0 * step:
-                fail(f"{args.data}: --forecast cannot go on from {name!r}, whose median step is {step}; are there "
-                     "several sequences in the file? --group_col tells them apart")
+                fail(f"{args.data}: --forecast cannot go on from {name!r}, whose median step is {step}; does "
+                     "another column tell sequences (--group_col) or the time of day apart?")
 
 
 # -----------------------------------------------------------------------------
@@ -131,6 +131,7 @@ def apply_to_file(model, table, means, args):
     rows = type(parts[0])(*(torch.cat(x).flatten(0, 1) for x in zip(*parts)))   # (sequences * steps, ...)
     cells, text, N = Cells(table, args), {}, len(schema.numeric)
     for name, kind in table.kinds.items():
+        text[name] = [""] * len(keys)                       # of a column that the model has not seen
         if kind == "time":
             text[name] = cells.stamps(name, keys[name])
             print(f"\n{name} goes on at its median step, {table.facts[name][2]}, "
@@ -140,11 +141,9 @@ def apply_to_file(model, table, means, args):
         elif name in schema.numeric + schema.categorical:
             j = (schema.numeric + schema.categorical).index(name)
             there = rows.observed[:, j] & learnt[j]
-            column = np.full(len(there), "", dtype=object)
             values = rows.numeric[:, j] if j < N else rows.categorical[:, j - N]
             if there.any():
-                column[there.numpy()] = cells.like(name, values[there])
-            text[name] = column
+                text[name] = np.where(there, cells.like(name, values), "")
     replace_file(args.to, lambda path: cells.write(path, pd.DataFrame(text)))
     print(f"wrote {args.to}: {steps} rows of each of {len(windows)} sequence(s)")
 
@@ -368,11 +367,11 @@ def parse(argv):
     return args, checkpoint
 
 
-def pick_device(args, world):
+def pick_device(args):
     """Returns the device, and the name of autocast's dtype."""
     name = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
-    if name == "cuda" and world > 1:                    # each process of torchrun has a GPU of its own
-        name = f"cuda:{os.environ['LOCAL_RANK']}"
+    if name == "cuda":                                  # each process of torchrun has a GPU of its own
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
         device = torch.device(name)
         torch.zeros(1, device=device).item()            # asking is the only way to know
@@ -513,7 +512,7 @@ def main(argv=None):
     """Train, then judge on the test split. Returns the rows of log.csv."""
     args, checkpoint = parse(argv)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))      # of torchrun
-    device, dtype = pick_device(args, world)
+    device, dtype = pick_device(args)
     autocast = nullcontext() if dtype == "float32" else torch.autocast(device.type, getattr(torch, dtype))
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == "float16")      # else float16 underflows
     table = load_table(args)
@@ -568,7 +567,14 @@ def main(argv=None):
         interrupted = True
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    interrupted, code = False, 0
+    def prepare(step):
+        """The micro-batches of a step, on the CPU, and which windows they are. They depend on the seed, the
+        step and the rank alone, so they can be made while a GPU is still at work on the step before."""
+        generator = step_generator(args.seed, step, rank)
+        windows = [table.sample("train", args.batch_size, generator) for _ in range(args.grad_accum)]
+        return [objective(table.batch(w), args, generator, step) for w in windows], windows
+
+    interrupted, code, ready = False, 0, None
     signal.signal(signal.SIGINT, interrupt)
     began = since = time.perf_counter()
     first = logged = step
@@ -597,10 +603,8 @@ def main(argv=None):
         model.train()
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, args)
-        generator = step_generator(args.seed, step, rank)
-        torch.manual_seed(generator.initial_seed())             # dropout draws from the global generator
-        windows = [table.sample("train", args.batch_size, generator) for _ in range(args.grad_accum)]
-        micro = [objective(table.batch(w), args, generator, step) for w in windows]
+        torch.manual_seed(step_generator(args.seed, step, rank).initial_seed())         # for dropout
+        micro, windows = ready or prepare(step)
         count = sum(count_scored(targets) for _, targets in micro)              # (2,) cells of the whole step
         count = torch.cat([count, torch.tensor([float(interrupted)])]).to(device)
         if world > 1:
@@ -613,8 +617,10 @@ def main(argv=None):
             scaler.scale(losses @ weight * world).backward()    # ranks average, we want the sum
             running += losses.detach()
         scaler.unscale_(optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(raw.parameters(), args.grad_clip or math.inf)
+        ready = prepare(step + 1)                               # while a GPU is busy with what it was given
         # The one host sync of a step. The norm is that of the averaged gradients: all ranks stop, or none.
-        norm = float(torch.nn.utils.clip_grad_norm_(raw.parameters(), args.grad_clip or math.inf))
+        norm = float(norm)
         if not math.isfinite(norm) and (not scaler.is_enabled() or scaler.get_scale() < 1):
             if rank == 0:
                 keep("last.pt")                                 # of the last good step

@@ -30,7 +30,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from data import UNK_ID, Cells, add_arguments, check_target, fail, load_table, number, step_generator
-from masking import (Targets, bert_style_masking, create_inputs, create_masks, get_mask_probability,
+from masking import (Targets, bert_style_masking, create_inputs, create_masks, get_mask_probability, mix_up,
                      pencil_category, pencil_in, scorable)
 from model import Config, TableTransformer, count_scored, first_non_finite, sum_losses, window_scale
 
@@ -55,6 +55,8 @@ def get_parser():
         help="each window draws its own rate, off --mask_prob by up to this share of the way to 0 or 1")
     add("--mask_style", choices=["cell", "span"], default="cell", help="hide single cells or runs of rows")
     add("--mask_span", type=number(float, 1), default=12.0, help="mean rows of a run, for --mask_style span")
+    add("--mixup", type=share, default=0.0,
+        help="a training window's numbers are up to this share those of another window")
     add("--mask_share", type=share, default=1.0, help="share of the hidden cells shown as [MASK] (BERT: 0.8)")
     add("--random_share", type=share, default=0.0, help="share shown as another value (BERT: 0.1)")
     add("--score", choices=["hidden", "observed"], default="hidden",
@@ -75,7 +77,7 @@ def get_parser():
     add("--batch_size", type=size, default=32, help="windows in a forward pass")
     add("--grad_accum", type=size, default=1, help="forward passes in a step")
     add("--max_steps", type=count, default=1200, help="optimiser steps")
-    add("--lr", type=number(float, 0), default=1e-3, help="peak learning rate of AdamW")
+    add("--lr", type=number(float, 0), default=2e-3, help="peak learning rate of AdamW")
     add("--min_lr", type=number(float, 0), default=5e-5, help="learning rate at the end of the cosine")
     add("--warmup_steps", type=count, default=100, help="linear warmup")
     add("--weight_decay", type=number(float, 0), default=0.1, help="of matrices, not of biases and norms")
@@ -144,6 +146,7 @@ def apply_to_file(model, table, means, args):
             "interpolation did better on test in": worse,
             "left empty, since the train rows have no value of it": [
                 name for name, here in zip(names, learnt) if not here],
+            "left as it was": [name for name, kind in table.kinds.items() if kind.startswith("dropped")],
             "kept, though the train rows have no such category": [
                 f"{name} ({n} rows)" for name, n in zip(schema.categorical, unseen) if n]}.items():
         if which:
@@ -165,8 +168,8 @@ def objective(batch, args, generator, step=None, case=None):
     """
     style, rate = case or (args.mask_style, None)
     if case is None:
-        start = args.mask_prob_start or args.mask_prob
-        rate = get_mask_probability(step, args.max_steps, start, args.mask_prob)
+        batch, end = mix_up(batch, args.mixup, generator), args.mask_prob
+        rate = get_mask_probability(step, args.max_steps, args.mask_prob_start or end, end)
         u = 2 * torch.rand(len(batch.valid), 1, 1, generator=generator) - 1     # each window has its own rate
         rate = rate + u * args.mask_spread * min(rate, 1 - rate)                # (B, 1, 1)
     answerable = scorable(batch.observed, batch.categorical)                    # has a right answer
@@ -365,11 +368,11 @@ def parse(argv):
     return args, checkpoint
 
 
-def pick_device(args, world):
+def pick_device(args):
     """Returns the device, and the name of autocast's dtype."""
     name = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
-    if name == "cuda" and world > 1:                    # each process of torchrun has a GPU of its own
-        name = f"cuda:{os.environ['LOCAL_RANK']}"
+    if name == "cuda":                                  # each process of torchrun has a GPU of its own
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
         device = torch.device(name)
         torch.zeros(1, device=device).item()            # asking is the only way to know
@@ -510,7 +513,7 @@ def main(argv=None):
     """Train, then judge on the test split. Returns the rows of log.csv."""
     args, checkpoint = parse(argv)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))      # of torchrun
-    device, dtype = pick_device(args, world)
+    device, dtype = pick_device(args)
     autocast = nullcontext() if dtype == "float32" else torch.autocast(device.type, getattr(torch, dtype))
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == "float16")      # else float16 underflows
     table = load_table(args)
@@ -565,7 +568,14 @@ def main(argv=None):
         interrupted = True
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    interrupted, code = False, 0
+    def prepare(step):
+        """The micro-batches of a step, on the CPU, and which windows they are. They depend on the seed, the
+        step and the rank alone, so they can be made while a GPU is still at work on the step before."""
+        generator = step_generator(args.seed, step, rank)
+        windows = [table.sample("train", args.batch_size, generator) for _ in range(args.grad_accum)]
+        return [objective(table.batch(w), args, generator, step) for w in windows], windows
+
+    interrupted, code, ready = False, 0, None
     signal.signal(signal.SIGINT, interrupt)
     began = since = time.perf_counter()
     first = logged = step
@@ -594,10 +604,8 @@ def main(argv=None):
         model.train()
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, args)
-        generator = step_generator(args.seed, step, rank)
-        torch.manual_seed(generator.initial_seed())             # dropout draws from the global generator
-        windows = [table.sample("train", args.batch_size, generator) for _ in range(args.grad_accum)]
-        micro = [objective(table.batch(w), args, generator, step) for w in windows]
+        torch.manual_seed(step_generator(args.seed, step, rank).initial_seed())         # for dropout
+        micro, windows = ready or prepare(step)
         count = sum(count_scored(targets) for _, targets in micro)              # (2,) cells of the whole step
         count = torch.cat([count, torch.tensor([float(interrupted)])]).to(device)
         if world > 1:
@@ -610,8 +618,10 @@ def main(argv=None):
             scaler.scale(losses @ weight * world).backward()    # ranks average, we want the sum
             running += losses.detach()
         scaler.unscale_(optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(raw.parameters(), args.grad_clip or math.inf)
+        ready = prepare(step + 1)                               # while a GPU is busy with what it was given
         # The one host sync of a step. The norm is that of the averaged gradients: all ranks stop, or none.
-        norm = float(torch.nn.utils.clip_grad_norm_(raw.parameters(), args.grad_clip or math.inf))
+        norm = float(norm)
         if not math.isfinite(norm) and (not scaler.is_enabled() or scaler.get_scale() < 1):
             if rank == 0:
                 keep("last.pt")                                 # of the last good step
