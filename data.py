@@ -58,8 +58,8 @@ class Batch(NamedTuple):
 
 def lagged(x, tau):
     """First-order lag of x with time constant tau (rows): what a thermometer in a thick pipe reads."""
-    kernel = np.exp(-np.arange(int(8 * tau) + 1) / tau)
-    padded = np.concatenate([np.full(len(kernel) - 1, x[0]), x])
+    kernel = np.exp(-np.arange(int(8 * tau) + 1) / tau)         # what is older than 8 tau has died away
+    padded = np.concatenate([np.full(len(kernel) - 1, x[0]), x])        # as if it had been at x[0] for long
     size = 1 << (len(padded) + len(kernel)).bit_length()        # by FFT, since tau may be hundreds of rows
     y = np.fft.irfft(np.fft.rfft(padded, size) * np.fft.rfft(kernel / kernel.sum(), size), size)
     return y[len(kernel) - 1:len(padded)]
@@ -83,10 +83,12 @@ def simulate_sensors(n_rows=40_000, seed=0):
 
     # a mode lasts five minutes on average, a set-point two; both jump, nothing else does
     modes = np.array(["idle", "production", "boost", "flush"])
+    # line: the mode that ends, column: the one that follows it
     step = np.array([[0, .8, .1, .1], [.4, 0, .4, .2], [.1, .9, 0, 0], [.6, .4, 0, 0]])
     path = [1]
     while len(path) < n_rows // 50:
         path.append(rng.choice(4, p=step[path[-1]]))
+    # geometric durations are what "a chance a second to end" comes to
     mode = np.repeat(path, rng.geometric(1 / 300, len(path)))[:n_rows]
     trim = np.repeat(rng.normal(0, 60, n_rows), rng.geometric(1 / 120, n_rows))[:n_rows]
     setpoint = np.round(np.array([400, 1450, 1900, 1100])[mode] + trim, -1)
@@ -95,11 +97,13 @@ def simulate_sensors(n_rows=40_000, seed=0):
     # the machine: the drive hunts round its set-point, the network pushes back on the valve
     speed = lagged(setpoint, 6.0) + noise(35, 5.0)
     opening = lagged(valve, 15.0) * (1 + noise(0.05, 8.0))
-    flow = 0.06 * speed * opening
+    flow = 0.06 * speed * opening                               # m3/h
+    # bar: the suction side sags under flow, the pump adds its head, and loses some of it to friction
     suction = 2.4 + noise(0.15, 300.0) - 0.004 * flow
     head = 5.2 * (speed / 1500) ** 2 - 0.00022 * flow ** 2
     power = 1.5 + 0.045 * flow * head + 6.0 * (speed / 1500) ** 3
     ambient = 18 + 5 * np.sin(2 * np.pi * (t / 86_400 - 0.3)) + noise(0.3, 600.0)
+    # mm/s: each mode shakes in its own way, and with the square of the speed
     rough = np.array([0.4, 1.0, 1.3, 2.2])[mode] * (speed / 1500) ** 2
     table = pd.DataFrame({
         "time": pd.Timestamp("2024-03-04 05:00:00") + pd.to_timedelta(t, unit="s"),
@@ -183,16 +187,17 @@ def simulate_systems(n, seed=0):
     """
     rng, i, spare = np.random.default_rng(seed), np.arange(5)[:, None], n + n // 20 + 10
     count, rows = rng.integers(2, 6, spare), rng.integers(30, 60, spare)
-    here = i < count
+    here = i < count                                                            # (5, spare), as most below
     order = np.where(here, rng.random((5, spare)), 2).argsort(axis=0)       # planet 0 is not the innermost
     axis = np.where(here, 1 + (rng.uniform(1.5, 3, spare) - 1) * i / (count - 1), 30 + i)
     axis = np.take_along_axis(axis, order, axis=0)
     mass, eccentricity = rng.uniform(1e-5, 5e-5, (5, spare)) * here, rng.uniform(0, 0.1, (5, spare))
     anomaly = rng.uniform(0, 2 * np.pi, (5, spare)) * (rng.random(spare) >= 0.3)    # or all on one side
+    # place and velocity on a Kepler ellipse at this true anomaly; p is its semi-latus rectum
     p = axis * (1 - eccentricity ** 2)
     x = p / (1 + eccentricity * np.cos(anomaly)) * np.stack([np.cos(anomaly), np.sin(anomaly)])
     v = np.sqrt((1 + mass) / p) * np.stack([-np.sin(anomaly), eccentricity + np.cos(anomaly)])
-    m = np.concatenate([np.ones((1, spare)), mass])
+    m = np.concatenate([np.ones((1, spare)), mass])                             # (6, spare), the star first
     x, v = (np.concatenate([np.zeros((2, 1, spare)), z], axis=1) for z in (x, v))
     x, v = (z - (m * z).sum(1, keepdims=True) / m.sum(0) for z in (x, v))
     x, v = integrate(x, v, m, rng.uniform(15, 24, spare) / (rows - 1), samples=59)
@@ -319,6 +324,7 @@ def read_table(source, read_csv=None, as_text=False):
 def as_time(column):
     """The column as time stamps if every value that is there reads as one, else None."""
     text = column.dropna()
+    # a number may be a year or seconds since 1970, or neither: who says --time_col sorts by it as it is
     if pd.api.types.is_numeric_dtype(column) or len(text) == 0:
         return None
     for options in ({}, {"dayfirst": True}, {"format": "ISO8601"}, {"utc": True}):      # last: several zones
@@ -362,6 +368,7 @@ def infer_kinds(table, args):
     Flags win over inference; without --time_col the first column of time stamps is the time column, and is
     turned into time stamps in place.
     """
+    # what the user said ...
     flags = {"time": [args.time_col], "group": [args.group_col or GROUPS.get(args.data)],
              "numeric": args.numeric_cols, "categorical": args.categorical_cols,
              "dropped: --drop_cols": args.drop_cols}
@@ -370,6 +377,7 @@ def infer_kinds(table, args):
         if name not in table.columns:
             some = ", ".join(table.columns[:12]) + (" ..." if table.shape[1] > 12 else "")
             fail(f"{args.data}: there is no column {name!r}; it has {some}")
+    # ... and what the values of the other columns say
     for name in table.columns:
         if name not in kinds:
             kind = infer_kind(table[name], args.data)
@@ -389,7 +397,7 @@ def infer_kinds(table, args):
 def numbers(column):
     """A column as float64, NaN where it is missing, no number, infinite or a sentinel; and how many were the
     latter three. The test is made in float64: in float32 -1.18e42 is -inf already, and nobody could tell."""
-    missing = column.isna().to_numpy()
+    missing = column.isna().to_numpy()                      # (rows,), what the file itself calls missing
     if column.dtype.kind == "m":
         column = column.dt.total_seconds()                  # a duration
     x = pd.to_numeric(column, errors="coerce").to_numpy(dtype=np.float64, na_value=np.nan, copy=True)
@@ -426,7 +434,7 @@ class Schema:
         columns = {name: numeric[..., j].double().numpy() * self.scale[j] + self.center[j]
                    for j, name in enumerate(self.numeric)}
         for k, name in enumerate(self.categorical):
-            labels_by_id = np.array([None, None] + self.vocabulary[k], dtype=object)
+            labels_by_id = np.array([None, None] + self.vocabulary[k], dtype=object)        # (V_k,)
             columns[name] = labels_by_id[categorical[..., k].numpy()]
         return columns
 
@@ -439,7 +447,7 @@ def fit_scale(x, scaler):
     x = x[~np.isnan(x)]
     if len(x) == 0:
         return 0.0, 1.0
-    x = np.clip(x, *np.quantile(x, [0.001, 0.999]))
+    x = np.clip(x, *np.quantile(x, [0.001, 0.999]))         # for the statistics alone
     low, median, high = np.quantile(x, [0.25, 0.5, 0.75])
     center, scale = {"standard": (x.mean(), x.std()), "robust": (median, high - low),
                      "none": (x.mean(), 1.0)}[scaler]
@@ -455,6 +463,7 @@ def fit_schema(table, kinds, is_train, args):
         schema.center.append(center)
         schema.scale.append(scale)
     for name in schema.categorical:
+        # commonest first, so that id 2 is what one would guess without a model; then by name
         counts = labels(table[name])[is_train].value_counts()
         schema.vocabulary.append(sorted(counts.index.tolist(), key=lambda label: (-counts[label], label)))
     # a cycle that the train rows have not seen twice tells dates apart, not seasons, and is learnt by heart
@@ -466,7 +475,8 @@ def fit_schema(table, kinds, is_train, args):
 
 def make_clock(stamps, cycles):
     """(rows,) time stamps -> (rows, 2 * cycles) float32: sin and cos of the place in each cycle."""
-    periods = np.array([CYCLES[cycle] for cycle in cycles])
+    # an angle has no midnight at which it jumps, as hours from 0 to 23 do
+    periods = np.array([CYCLES[cycle] for cycle in cycles])                     # (cycles,), seconds
     midnight = pd.Timestamp("2000-01-01", tz=stamps.dt.tz)
     angle = 2 * np.pi * (stamps - midnight).dt.total_seconds().to_numpy()[:, None] / periods
     return np.nan_to_num(np.hstack([np.sin(angle), np.cos(angle)])).astype(np.float32)     # NaT: 0
@@ -495,7 +505,7 @@ class Table:
         out: (windows, 2) int64, the first row of each and the end of its sequence."""
         windows = []
         for start, end in self.segments[split].tolist():
-            last = max(start, end - self.seq_len)
+            last = max(start, end - self.seq_len)           # a sequence shorter than T has one window
             windows += [(s, end) for s in sorted({*range(start, last + 1, stride), last})]
         return torch.tensor(windows)
 
@@ -503,6 +513,7 @@ class Table:
         """Windows at any offset, each equally likely: (batch_size, 2), as in `starts`."""
         start, end = self.segments[split].unbind(1)
         offsets = (end - start - self.seq_len + 1).clamp(min=1)                 # a short sequence has one
+        # number all offsets of all sequences, one after the other, and draw among the numbers
         u = torch.randint(int(offsets.sum()), (batch_size,), generator=generator)
         sequence = torch.searchsorted(offsets.cumsum(0), u, right=True)
         offset = u - (offsets.cumsum(0) - offsets)[sequence]
@@ -512,7 +523,7 @@ class Table:
         """(B, 2) windows of `starts` or `sample` -> Batch, padded on the right where a sequence ends."""
         rows = windows[:, :1] + torch.arange(self.seq_len)                      # (B, T)
         valid = rows < windows[:, 1:]
-        rows = torch.where(valid, rows, windows[:, 1:] - 1)
+        rows = torch.where(valid, rows, windows[:, 1:] - 1)                     # whichever: it is zeroed
         observed = self.observed[rows] & valid[..., None]                       # (B, T, F)
         is_numeric, is_category = observed.split([self.numeric.shape[1], self.categorical.shape[1]], dim=-1)
         return Batch(self.numeric[rows] * is_numeric, self.categorical[rows].long() * is_category,
@@ -535,6 +546,7 @@ class Table:
     def coming(self, steps):
         """The keys of the rows that come next, `steps` for each sequence, the time column continued at its
         median step; and their clock, (sequences, steps, C)."""
+        # of each sequence the last row, so many times, and then another time in it
         keys = self.keys.iloc[(self.segments["all"][:, 1] - 1).repeat_interleave(steps)]
         for name in [name for name in keys if self.kinds[name] == "time"]:
             last = [self.keys[name].iloc[start:end].max() for start, end in self.segments["all"].tolist()]
@@ -550,6 +562,7 @@ def encode(table, kinds, schema):
     """DataFrame -> the fields of Table from `numeric` to `keys`. Takes the DataFrame apart column by column,
     so that a big table is not held twice."""
     n_rows, n_numeric, n_categorical = len(table), len(schema.numeric), len(schema.categorical)
+    # filled in place, column by column: a list of columns, stacked at the end, would be there twice
     numeric = np.zeros((n_rows, n_numeric), np.float32)
     categorical = np.zeros((n_rows, n_categorical), np.int32)
     observed = np.zeros((n_rows, n_numeric + n_categorical), bool)
@@ -563,7 +576,7 @@ def encode(table, kinds, schema):
         numeric[:, j] = np.where(observed[:, j], x, 0.0)    # all in float64 up to here, where it is cast
     for k, name in enumerate(schema.categorical):
         text = labels(table.pop(name))
-        code = pd.Index(schema.vocabulary[k], dtype="string").get_indexer(text)     # -1: not in train
+        code = pd.Index(schema.vocabulary[k], dtype="string").get_indexer(text)     # -1: not in train, UNK_ID
         observed[:, n_numeric + k] = text.notna()
         categorical[:, k] = np.where(observed[:, n_numeric + k], code + 2, MASK_ID)
     clock = np.zeros((n_rows, 0), np.float32)
@@ -580,6 +593,7 @@ def encode(table, kinds, schema):
 def split_counts(split, n, what, args):
     """Three fractions, or three counts -> three counts of n rows (or groups); what is over stays unused."""
     if sum(split) <= 1 + 1e-6:
+        # edges are rounded, not counts, so that nothing is lost between the parts
         edges = [round(n * sum(split[:i]) + 1e-9) for i in range(4)]
         counts = [b - a for a, b in zip(edges, edges[1:])]
         for i in range(3):                                  # of a few groups none rounds to nothing
@@ -604,7 +618,7 @@ def split_rows(lengths, args):
     One sequence is split by time. As the ETTh1 protocol has it (Zhou 2021), a val or test window may begin up
     to T rows before its part. Several groups are split by group, shuffled with a fixed seed.
     """
-    ends = np.cumsum(lengths)
+    ends = np.cumsum(lengths)                                                   # (groups,)
     ranges = np.stack([ends - lengths, ends], axis=1)                           # (groups, 2)
     if len(lengths) == 1:
         a, b, c = np.cumsum(split_counts(args.split, int(lengths[0]), "rows", args))
@@ -612,6 +626,7 @@ def split_rows(lengths, args):
         parts = [[(0, a)], [(max(0, a - seq_len), b)], [(max(0, b - seq_len), c)]]
     else:
         a, b, c = np.cumsum(split_counts(args.split, len(lengths), "groups", args))
+        # not the first groups to train on: files are sorted, and the last wells are the newest
         order = np.random.default_rng(0).permutation(len(lengths))
         parts = [ranges[np.sort(order[lo:hi])] for lo, hi in ((0, a), (a, b), (b, c))]
         seq_len = int(min(args.seq_len, (parts[0][:, 1] - parts[0][:, 0]).max()))
@@ -632,7 +647,7 @@ def load_table(args, table=None):
     if "group" in kinds.values():
         lengths = table.groupby(by[0], dropna=False).size().to_numpy()          # in the same, sorted order
     seq_len, segments = split_rows(lengths, args)
-    is_train = np.zeros(len(table), bool)
+    is_train = np.zeros(len(table), bool)                   # the rows that statistics may be taken from
     for start, end in segments["train"].tolist():
         is_train[start:end] = True
     schema = fit_schema(table, kinds, is_train, args)
@@ -684,6 +699,7 @@ class Cells:
         schema = self.table.schema
         j, N = (schema.numeric + schema.categorical).index(name), len(schema.numeric)
         seen = self.table.observed[:, j].numpy()
+        # the column's own cells, in the order of the table
         own = pd.Series(self.text[name].to_numpy()[self.table.keys.index[seen]], dtype=object)
         if j >= N:
             spelling = own.groupby(self.table.categorical[:, j - N].numpy()[seen]).first()
@@ -724,6 +740,7 @@ def step_generator(*key):
     """A CPU generator seeded by a key such as (seed, step, rank). All that is random in a step comes from one
     of these, so no generator state is saved anywhere: resuming and several processes cannot disagree."""
     key = len(key), *key                                    # or (0, 1) and (0, 1, 0) would be the same
+    # SeedSequence hashes: neighbouring steps get seeds that have nothing in common
     return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
 
 
@@ -774,7 +791,7 @@ def tiny_batch():
 def show(schema, numeric, categorical, present, valid):
     """(B, T, N) numbers and (B, T, K) ids as text, "?" where `present` (B, T, F) is False, "pad" beyond
     `valid`."""
-    header = "".join(f"{name:>10}" for name in schema.numeric + schema.categorical)
+    header = "".join(f"{name:>10}" for name in schema.numeric + schema.categorical)     # a block a window
     blocks = []
     for b in range(len(valid)):
         lines = [f"window {b}{header}"]

@@ -49,7 +49,7 @@ ROOT = Path(__file__).parent
 slow = pytest.mark.skipif(not os.environ.get("NANOTAB_SLOW"), reason="slow: set NANOTAB_SLOW=1")
 etth1 = pytest.mark.skipif(not os.environ.get("ETTH1"), reason="set ETTH1 to the path of ETTh1.csv")
 SMALL = ["--n_layer", "1", "--n_head", "2", "--n_embd", "16", "--batch_size", "4", "--seq_len", "16",
-         "--max_steps", "4", "--eval_every", "2", "--log_every", "1", "--warmup_steps", "2"]
+         "--max_steps", "4", "--eval_every", "2", "--log_every", "1", "--warmup_steps", "2", "--device", "cpu"]
 AHEAD = ["--given", "4", "--horizons", "1", "3"]            # fits into the 16 rows of SMALL
 EIGHT = ["--max_steps", "8", "--dropout", "0.1"]
 
@@ -920,6 +920,14 @@ def test_flags_run(flags, toy_csv, tmp_path, capsys):
     assert "pip install matplotlib" in capsys.readouterr().out and not list(tmp_path.glob("*.png"))
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+@pytest.mark.parametrize("script", [train_mlm, train_ar])
+@pytest.mark.parametrize("flags", [[], ["--dtype", "float16"], ["--dtype", "float32"], ["--compile"]])
+def test_a_gpu_trains(script, flags, toy_csv, tmp_path):
+    history = train(toy_csv, tmp_path, "--device", "cuda", "--max_steps", "20", *flags, script=script)
+    assert math.isfinite(history[-1]["val"]) and history[-1]["val"] < 1.1 * history[0]["val"]
+
+
 @pytest.mark.parametrize("script", [train_mlm, train_ar])
 def test_a_table_without_numbers_is_trained_and_drawn(script, toy_csv, tmp_path):
     train(toy_csv, tmp_path, "--drop_cols", "wave", "mirror", script=script, pictures=True)
@@ -1055,7 +1063,7 @@ def refused(argv, capsys, *words):
     ("toy", ["--mask_share", "0.8", "--random_share", "0.3"], ["--mask_share", "--random_share"]),
     ("toy", ["--mask_style", "span", "--mask_span", "1"], ["--mask_span"]),
     ("toy", ["--fill", "nowhere/filled.csv"], ["--fill", "nowhere"]), ("toy", ["--fill", "x.xlsx"], [".csv"]),
-    ("t,x\nUTC,m/s\n" + "".join(f"2024-01-{i},{i}\n" for i in range(10, 32)), [], ["'t'", "'UTC'", "skiprows"]),
+    ("t,x\nUTC,m/s\n" + "".join(f"2024-01-{i},{i}\n" for i in range(10, 32)), [], ["'t'", "'UTC'", "skip"]),
     ("toy", ["--mask_pro", "0.2"], ["--mask_pro"]), ("toy", ["--clip", "0"], ["--clip"]),
     ("toy", ["--batch_size", "0"], ["--batch_size"]), ("toy", ["--device", "cuda:99"], ["--device"]),
     ("toy", ["--read_csv", "nonsense=1"], ["nonsense"]), ("toy", ["--resume"], ["no such checkpoint"])])

@@ -40,11 +40,12 @@ SCRIPT = "train_mlm"
 # every knob
 
 def get_parser():
+    # no config files: `--help` is the documentation, and a misspelt flag is an error
     class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
         """Defaults in the help of each flag, and the docstring as it stands."""
     parser = argparse.ArgumentParser(description=__doc__, usage=f"python {SCRIPT}.py [--flag value ...]",
                                      formatter_class=Formatter, allow_abbrev=False)
-    share, rate = number(float, 0, 1), number(float, 0, 1, inside=True)
+    share, rate = number(float, 0, 1), number(float, 0, 1, inside=True)         # with and without the ends
     count, size = number(int, 0), number(int, 1)
     add_arguments(parser, "sensors")
 
@@ -87,7 +88,8 @@ def get_parser():
     add = parser.add_argument_group("run").add_argument
     add("--device", default="auto", help="cpu, cuda, cuda:1, mps; auto is cuda where there is one, else cpu")
     add("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto",
-        help="of autocast; auto is bfloat16 where the GPU has it, float16 on an older one, float32 on a CPU")
+        help="of autocast; auto is bfloat16 where the GPU has it, float16 on an older one, float32 on a CPU "
+             "(on one with bfloat16 instructions that pays for wider models, and from --seq_len 1024 on)")
     add("--compile", action="store_true", help="torch.compile: a wait at first, then faster on a GPU")
     add("--seed", type=count, default=0, help="of weights, batches and masks")
     add("--eval_every", type=size, default=100, help="steps from one evaluation (and checkpoint) to the next")
@@ -235,10 +237,11 @@ def pencil_error(table, args):
     weighs as much as a wild one. The floor is for constant columns, where there is no error to divide by.
     """
     N, generator, square, count = len(table.schema.numeric), step_generator(0), 0.0, 0
+    # on train windows, as all statistics; on enough of them that a column with few cells has some
     batch = table.batch(table.sample("train", max(16, 2 * EVAL_ROWS // table.seq_len), generator))
     for case in eval_cases(args):
         inputs, targets = objective(batch, args, generator, case=case)
-        score = targets.score[..., :N]
+        score = targets.score[..., :N]                                          # (B, T, N)
         square += torch.where(score, inputs.pencil - targets.numeric, 0.0).square().sum((0, 1))
         count += score.sum((0, 1))
     return (square / count.clamp(min=1)).sqrt().clamp(min=0.01)
@@ -247,14 +250,15 @@ def pencil_error(table, args):
 def tally(errors, name, numeric, ids, targets, dim):
     """Add what a method got wrong to errors[name], (2, ..., F), summed over `dim` of (B, T, F): absolute and
     squared errors, a wrong category counting 1."""
-    error = torch.cat([numeric - targets.numeric, ids != targets.categorical], dim=-1)
-    error = torch.where(targets.score, error, 0.0).cpu().double()
+    error = torch.cat([numeric - targets.numeric, ids != targets.categorical], dim=-1)      # (B, T, F)
+    error = torch.where(targets.score, error, 0.0).cpu().double()               # 0 or 1 for a category
     # sums, not means of batches: the last batch is smaller, and columns differ in holes
     errors[name] = errors.get(name, 0.0) + torch.stack([error.abs().sum(dim), error.square().sum(dim)])
 
 
 def within_clip(targets, clip):
     """Targets without the cells beyond the clip, which are no longer the truth; and how many there were."""
+    # padded with False: categories are never beyond it
     outside = targets.score & F.pad(targets.numeric.abs() >= clip, (0, targets.categorical.shape[-1]))
     return targets._replace(score=targets.score & ~outside), int(outside.sum())
 
@@ -272,13 +276,14 @@ def evaluate(model, table, split, stride, unit, args, device, autocast):
     errors = [{} for _ in cases]
     losses, cells = torch.zeros(2), torch.zeros(len(cases), table.observed.shape[1], dtype=torch.float64)
     for i, case in enumerate(cases):
-        generator, sums, counts = step_generator(0, i), 0.0, 0.0
+        generator, sums, counts = step_generator(0, i), 0.0, 0.0        # of its own: the same masks always
         for windows in table.starts(split, stride).split(max(1, EVAL_ROWS // table.seq_len)):
             inputs, targets = objective(table.batch(windows), args, generator, case=case)
             inputs, targets = move(inputs, device), move(targets, device)
             targets, n_outside = within_clip(targets, table.schema.clip)
             with autocast:
                 guess = model(inputs)
+            # baselines see the very inputs that the model saw, and answer for the same cells
             sums, counts = sums + sum_losses(guess, targets, unit, args.loss), counts + count_scored(targets)
             for name, said in {"model": (guess.numeric, guess.ids()), **baselines(inputs, args)}.items():
                 tally(errors[i], name, *said, targets, dim=(0, 1))
@@ -293,7 +298,7 @@ def judge(errors, cells, schema, numeric=None):
     """Sums of `evaluate` -> {method: {"mse", "mae", "accuracy": the mean of each case}}, None where nothing
     was scored; of the numeric columns only those listed in `numeric`, if any."""
     N = len(schema.numeric)
-    def mean(sums, columns):
+    def mean(sums, columns):                    # over cells: a column full of holes counts for less
         sums, counts = sums[:, columns].sum(1).tolist(), cells[:, columns].sum(1).tolist()
         return [s / c if c else None for s, c in zip(sums, counts)]
     numeric = numeric or slice(N)
@@ -317,7 +322,7 @@ def learning_rate(step, args):
     """Linear warmup that starts above 0, then a cosine from --lr to --min_lr at the last step."""
     if step < args.warmup_steps:
         return args.lr * (step + 1) / args.warmup_steps
-    done = (step - args.warmup_steps) / max(1, args.max_steps - 1 - args.warmup_steps)
+    done = (step - args.warmup_steps) / max(1, args.max_steps - 1 - args.warmup_steps)      # 0 to 1
     low = min(args.min_lr, args.lr)                 # --lr 1e-5 is not meant to rise to --min_lr
     return low + (args.lr - low) * (1 + math.cos(math.pi * min(done, 1.0))) / 2
 
@@ -326,7 +331,7 @@ def replace_file(path, write):
     """Write beside the file, then rename: whoever kills us finds the old file or the new one, never half."""
     try:
         write(path + ".tmp")
-        os.replace(path + ".tmp", path)
+        os.replace(path + ".tmp", path)                 # on one disk this happens whole or not at all
     except (OSError, RuntimeError) as e:                # RuntimeError: torch, where the disk is full
         if os.path.exists(path + ".tmp"):
             os.remove(path + ".tmp")
@@ -356,7 +361,7 @@ def load_checkpoint(path):
 def parse(argv):
     """Flags, and the checkpoint to go on from, or None. On --resume its flags become the defaults."""
     parser = get_parser()
-    args, checkpoint = parser.parse_args(argv), None
+    args, checkpoint = parser.parse_args(argv), None    # argv None: the command line
     if args.resume:
         checkpoint = load_checkpoint(os.path.join(args.out_dir, "last.pt"))
         was = {name: value for name, value in checkpoint["args"].items() if name not in ("resume", "out_dir")}
@@ -370,6 +375,7 @@ def parse(argv):
 
 def pick_device(args):
     """Returns the device, and the name of autocast's dtype."""
+    # never cuda by default: the first command must run on a laptop
     name = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
     if name == "cuda":                                  # each process of torchrun has a GPU of its own
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
@@ -381,12 +387,14 @@ def pick_device(args):
     best = "float32"
     if device.type == "cuda":
         torch.cuda.set_device(device)                   # where NCCL works, too
+        # the range of float32 with fewer digits, from Ampere on; before, float16, which needs its loss scaled
         best = "bfloat16" if torch.cuda.get_device_capability(device) >= (8, 0) else "float16"
     return device, best if args.dtype == "auto" else args.dtype
 
 
 def explain(model, micro, windows, table, unit, args, device, autocast):
     """Where a non-finite gradient may come from: lines for stderr."""
+    # what went in: the three columns with the largest numbers, and the row of each
     numeric = torch.cat([inputs.numeric for inputs, _ in micro]).flatten(0, 1)              # (B*T, N)
     size = torch.where(numeric.isfinite(), numeric.abs(), math.inf)
     for j in size.amax(dim=0).argsort(descending=True)[:3].tolist():
@@ -411,7 +419,7 @@ def restore(checkpoint, model, optimizer, scaler, schema, args):
     path = os.path.join(args.out_dir, "last.pt")
     if checkpoint["schema"] != schema:
         fail(f"{path} was trained on another table than {args.data}: columns, scales or categories differ")
-    for name in ("n_layer", "n_head", "n_embd"):
+    for name in ("n_layer", "n_head", "n_embd"):        # --n_head changes no weight's shape, yet the model
         if getattr(args, name) != checkpoint["args"][name]:
             fail(f"{path} holds a model of another shape: --{name} must stay {checkpoint['args'][name]}")
     model.load_state_dict(checkpoint["model"])
@@ -424,8 +432,9 @@ def restore(checkpoint, model, optimizer, scaler, schema, args):
 def draw_windows(plt, schema, batch, asked, guesses):
     """A figure of windows, a Batch, of what was asked, (B, T, F) bool, and of {method: guesses (B, T, N)}: in
     the plane where columns are named _x and _y, else the four columns of window 0 that move most."""
-    names, rows = schema.numeric, np.arange(batch.valid.shape[1])
+    names, rows = schema.numeric, np.arange(batch.valid.shape[1])               # N, (T,)
     planes = [(name, name[:-1] + "y") for name in names if name[-2:] == "_x" and name[:-1] + "y" in names]
+    # that move most: by their spread in the window, among those with something to guess
     moves = window_scale(batch.numeric, batch.observed[..., :len(names)])[1][0, 0]             # (N,)
     moves = (moves * asked[0, :, :len(names)].any(dim=0)).argsort(descending=True)[:4].tolist()
     panels = [(b, planes) for b in range(len(asked))] if planes else [(0, [(None, names[j])]) for j in moves]
@@ -433,13 +442,14 @@ def draw_windows(plt, schema, batch, asked, guesses):
     figure, axes = plt.subplots(*((1, n) if planes else (n, 1)), figsize=(9, 3.2 if planes else 1.9 * n),
                                 squeeze=False, sharex=not planes, layout="constrained")
     seen, asked = ((batch.observed & mask)[..., :len(names)].numpy() for mask in (~asked, asked))
+    # the same colours and marks for the same thing in all pictures
     layers = [("seen", batch.numeric, seen, dict(marker=".", color="black", ms=4)),
               ("truth", batch.numeric, asked, dict(marker="o", color="black", mfc="none", ms=5))]
     layers += [(name, x, asked, dict(marker="x" if name != "model" else ".", color=COLORS[name], ms=5))
                for name, x in guesses.items() if name == "model" or not planes]
     for axis, (b, curves) in zip(axes.flat, panels):
         for label, numeric, here, look in layers:
-            values = schema.decode(numeric[b], batch.categorical[b])
+            values = schema.decode(numeric[b], batch.categorical[b])            # own units
             for across, up in curves:
                 mask = here[b, :, names.index(up)]
                 axis.plot((rows if across is None else values[across])[mask], values[up][mask], ls="",
@@ -459,7 +469,7 @@ def draw_lines(plt, x, lines, **labels):
     figure, axis = plt.subplots(figsize=(7, 4))
     for name, y in lines.items():
         axis.plot(x, y, marker="." if len(x) < 50 else None, color=COLORS[name], label=name)
-    axis.set(yscale="log", **labels)
+    axis.set(yscale="log", **labels)                    # errors differ by factors, not by amounts
     axis.legend(frameon=False)
     return figure
 
@@ -468,7 +478,7 @@ def conclude(model, table, unit, args, device, autocast, history, facts):
     """The test split, read once, with the best weights: tables on the screen, results.json and pictures.
     Returns the mean error of each column in own units, {column: {method: error}}."""
     model.load_state_dict(load_checkpoint(os.path.join(args.out_dir, "best.pt"))["model"])
-    stride = args.eval_stride or max(1, table.seq_len // 4)
+    stride = args.eval_stride or max(1, table.seq_len // 4)     # windows overlap: each cell is hidden often
     _, errors, cells, beyond = evaluate(model, table, "test", stride, unit, args, device, autocast)
     results = {"script": SCRIPT, "data": args.data, **facts, "seed": args.seed}
     kept, (axis, cases, curves), drawn = examine(model, table, errors, cells, args)
@@ -512,6 +522,7 @@ def conclude(model, table, unit, args, device, autocast, history, facts):
 def main(argv=None):
     """Train, then judge on the test split. Returns the rows of log.csv."""
     args, checkpoint = parse(argv)
+    # what is to be trained, on what, from which table
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))      # of torchrun
     device, dtype = pick_device(args)
     autocast = nullcontext() if dtype == "float32" else torch.autocast(device.type, getattr(torch, dtype))
@@ -521,6 +532,7 @@ def main(argv=None):
     schema, n_numeric = asdict(table.schema), len(table.schema.numeric)
     unit = pencil_error(table, args).to(device)                                 # (N,) of the numeric loss
     weight = torch.tensor([1.0, args.category_weight], device=device)
+    # the model and its optimiser, new or as they were
     config = Config(n_numeric, table.schema.vocab_sizes(), table.clock.shape[1], table.seq_len,
                     args.n_layer, args.n_head, args.n_embd, args.dropout, CAUSAL)
     torch.manual_seed(args.seed)                        # the weights; the same on all ranks
@@ -543,7 +555,7 @@ def main(argv=None):
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         model = torch.nn.parallel.DistributedDataParallel(model)
     n_params = sum(p.numel() for p in raw.parameters())
-    if rank == 0:
+    if rank == 0:                                       # one process speaks and writes for all
         try:
             os.makedirs(args.out_dir, exist_ok=True)
         except OSError as e:
@@ -577,12 +589,13 @@ def main(argv=None):
 
     interrupted, code, ready = False, 0, None
     signal.signal(signal.SIGINT, interrupt)
-    began = since = time.perf_counter()
+    began = since = time.perf_counter()                 # since: the last log line
     first = logged = step
     running = torch.zeros(2, device=device)             # losses since the last log line; stay on the device
     while True:
         # evaluate and save
         if rank == 0 and (step % args.eval_every == 0 or step >= args.max_steps):
+            # `raw`, not `model`: no wrapper has a say in what is evaluated, and rank 0 may do it alone
             losses, errors, cells, _ = evaluate(raw, table, "val", table.seq_len, unit, args, device,
                                                 autocast)
             val = float(losses @ weight.cpu())
@@ -601,7 +614,7 @@ def main(argv=None):
             break
 
         # one optimiser step
-        model.train()
+        model.train()                                           # dropout is on again
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, args)
         torch.manual_seed(step_generator(args.seed, step, rank).initial_seed())         # for dropout
@@ -616,8 +629,8 @@ def main(argv=None):
                 guess = model(move(inputs, device))
             losses = sum_losses(guess, move(targets, device), unit, args.loss) / count[:2].clamp(min=1)
             scaler.scale(losses @ weight * world).backward()    # ranks average, we want the sum
-            running += losses.detach()
-        scaler.unscale_(optimizer)
+            running += losses.detach()                          # without its graph, which would stay alive
+        scaler.unscale_(optimizer)                              # or the clipping would see scaled gradients
         norm = torch.nn.utils.clip_grad_norm_(raw.parameters(), args.grad_clip or math.inf)
         ready = prepare(step + 1)                               # while a GPU is busy with what it was given
         # The one host sync of a step. The norm is that of the averaged gradients: all ranks stop, or none.
@@ -642,7 +655,8 @@ def main(argv=None):
             if world > 1:
                 dist.all_reduce(running)                        # each rank holds its share of the mean
             now, n = time.perf_counter(), step - logged
-            numeric, categorical = (running / n).tolist()       # the mean over the steps since then
+            # the mean over the steps since then; the loss of a single batch says little
+            numeric, categorical = (running / n).tolist()
             n_cells = n * world * args.grad_accum * args.batch_size * table.seq_len * table.observed.shape[1]
             minutes = (args.max_steps - step) * (now - began) / (step - first) / 60
             row = dict(zip(LOG, (step, float(running @ weight) / n, numeric, categorical, val, group["lr"],
@@ -658,6 +672,7 @@ def main(argv=None):
             code = 130                                          # as the shell says of Ctrl-C
             break
 
+    # the end: all asked for, stopped by Ctrl-C (130), or not finite (1)
     if code == 130 and rank == 0:
         keep("last.pt")
         print(f"stopped at step {step}; go on: python {SCRIPT}.py --resume --out_dir {args.out_dir}")
@@ -670,7 +685,7 @@ def main(argv=None):
         dist.destroy_process_group()
     if code:
         raise SystemExit(code)
-    if rank == 0:
+    if rank == 0:                                               # the others have left; the test split is read
         facts = {"steps": step, "seconds": round(time.perf_counter() - began, 1), "n_params": n_params}
         means = conclude(raw, table, unit, args, device, autocast, history, facts)
         apply_to_file(raw, table, means, args)
