@@ -1,5 +1,5 @@
 """
-A table becomes tensors. This is the only file that knows pandas, and the only one in which a NaN exists.
+A table becomes tensors. This is the only file that reads tables, and the only one in which a cell is NaN.
 
     python data.py                      # describe the simulated `sensors` table, and print the tiny one
     python data.py --data my.csv        # what was understood of your own file, before anyone trains on it
@@ -81,7 +81,7 @@ def simulate_sensors(n_rows=40_000, seed=0):
         white = rng.standard_normal(n_rows + burn_in)
         return scale * np.sqrt((1 + decay) / (1 - decay)) * lagged(white, tau)[burn_in:]
 
-    # a mode lasts five minutes on average, a set-point two; both jump, nothing else does
+    # a mode lasts five minutes on average, a set-point two; both jump
     modes = np.array(["idle", "production", "boost", "flush"])
     # line: the mode that ends, column: the one that follows it
     step = np.array([[0, .8, .1, .1], [.4, 0, .4, .2], [.1, .9, 0, 0], [.6, .4, 0, 0]])
@@ -523,7 +523,7 @@ class Table:
         """(B, 2) windows of `starts` or `sample` -> Batch, padded on the right where a sequence ends."""
         rows = windows[:, :1] + torch.arange(self.seq_len)                      # (B, T)
         valid = rows < windows[:, 1:]
-        rows = torch.where(valid, rows, windows[:, 1:] - 1)                     # whichever: it is zeroed
+        rows = torch.where(valid, rows, windows[:, 1:] - 1)                     # any: padding is zeroed
         observed = self.observed[rows] & valid[..., None]                       # (B, T, F)
         is_numeric, is_category = observed.split([self.numeric.shape[1], self.categorical.shape[1]], dim=-1)
         return Batch(self.numeric[rows] * is_numeric, self.categorical[rows].long() * is_category,
@@ -761,7 +761,7 @@ def add_arguments(parser, source):
     add("--data", default=source, help=f".csv, .csv.gz or .parquet, or simulated: {', '.join(SIMULATIONS)}")
     add("--read_csv", metavar="OPTIONS", help='for pandas.read_csv, such as "sep=; decimal=,"')
     add("--split", type=number(float, 0), nargs=3, default=[0.7, 0.15, 0.15], metavar="PART",
-        help="train, val, test: fractions, or counts of rows (with --group_col: of groups), in order of time")
+        help="train, val, test: fractions, or counts of rows, in order of time (of groups, shuffled)")
     add("--time_col", help="the column to sort by (else the first one that reads as time stamps)")
     add("--group_col", help="its values are separate sequences; no window crosses over")
     add("--numeric_cols", nargs="+", default=[], metavar="COL", help="columns to read as numbers")

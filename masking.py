@@ -24,11 +24,12 @@ class Inputs(NamedTuple):
     numeric: torch.Tensor           # (B, T, N) float32, read only where `shown`, else `pencil` is
     categorical: torch.Tensor       # (B, T, K) int64, likewise
     shown: torch.Tensor             # (B, T, F) bool, True = the embedding gets a value here and not [MASK]
-    known: torch.Tensor             # (B, T, F) bool, True = observed and not hidden: the value is the truth
+    known: torch.Tensor             # (B, T, F) bool, True = observed and not hidden: to be built upon
     pencil: torch.Tensor            # (B, T, N) float32, the guess that the model starts from
     pencil_ids: torch.Tensor        # (B, T, K) int64, the same for categories, 0 = nothing to guess from
     clock: torch.Tensor             # (B, T, C) float32
-    attend: Optional[torch.Tensor]  # (B, 1, T, T) bool, True = query may look at key; None = all may
+    attend: Optional[torch.Tensor]  # (B, 1, T, T) bool, True = query may look at key; None = no mask is
+                                    # needed, beside that of a causal model
 
 
 class Targets(NamedTuple):
@@ -83,14 +84,15 @@ def create_masks(observed, mask_prob, generator, style="cell", span=12):
 
 def bert_style_masking(numeric, categorical, observed, hidden, generator, mask_share=0.8, random_share=0.1):
     """Of the hidden cells show 80 % as [MASK], 10 % as another value of the same column, 10 % as they are
-    (Devlin 2019, section 3.1). All are scored: who cannot tell which were left alone needs an opinion on all.
+    (Devlin 2019, section 3.1). All are scored: a model that cannot tell which of the values it sees are true
+    must judge them all. (The scripts show all as [MASK] unless told otherwise; the README says why.)
 
     numeric (B, T, N) float32, categorical (B, T, K) int64, observed and hidden (B, T, F) bool.
     Returns numeric and categorical as shown, and `shown` (B, T, F) bool, True = a value and not [MASK].
     The other value is that of a known cell elsewhere in the batch, so no special id and no missing cell's 0;
     a column without such a cell falls back to [MASK].
     """
-    # ONE uniform number a cell. Two draws, "not masked" and then "random", would have to be conditional
+    # ONE uniform number a cell decides. Two draws, "not masked", then "random", would have to be conditional
     # probabilities; whoever writes 0.8 and 0.1 there gets 80/2/18
     u = torch.rand(hidden.shape, generator=generator)                           # (B, T, F)
     n_numeric = numeric.shape[-1]
@@ -119,9 +121,10 @@ def bert_style_masking(numeric, categorical, observed, hidden, generator, mask_s
 
 
 def mix_up(batch, most, generator):
-    """The Batch, each window's numbers up to the share `most` those of the window before it (Zhang 2018):
-    what columns have to do with each other holds in a mixture, and none comes twice to be learnt by heart.
-    A number that is missing in either is missing. most 0: the batch as it is, and nothing is drawn.
+    """The Batch with each window's numbers mixed, up to the share `most`, with those of another window of the
+    batch (Zhang 2018). How columns hang together holds in a mixture, and no mixture comes twice, so that none
+    is learnt by heart. A number that is missing in either window is missing; categories and clock stay.
+    most 0: the batch as it is, and nothing is drawn.
     """
     if not most:
         return batch
@@ -170,7 +173,7 @@ def pencil_in(numeric, known, causal):
     before, after = neighbours(known, causal)
     left, right = (numeric.gather(1, rows.clamp(min=0)) for rows in (before, after))        # (B, T, N)
     rows = torch.arange(known.shape[1], device=known.device)[None, :, None]
-    weight = (rows - before) / (after - before).clamp(min=1)                    # left == right where 0 / 1
+    weight = (rows - before) / (after - before).clamp(min=1)            # any will do where left is right
     return torch.where(before >= 0, left + weight * (right - left), 0.0)
 
 
@@ -191,7 +194,7 @@ def jitter(numeric, known, share, generator):
     amount is nothing to one column and much to the next; what does not move stays exact.
     """
     step = pencil_in(numeric, known, causal=True).diff(dim=1)                   # (B, T - 1, N)
-    step = step * (last_true(known)[:, :-1] >= 0)                               # from a row there is
+    step = step * (last_true(known)[:, :-1] >= 0)                               # none before the first known
     return numeric + F.pad(step, (0, 0, 1, 0)) * share * torch.randn(numeric.shape, generator=generator)
 
 
@@ -201,7 +204,7 @@ def jitter(numeric, known, share, generator):
 def padding_mask(valid):
     """valid (B, T) bool, True = a real row -> (B, 1, 1, T) bool, True = this key may be looked at.
 
-    Only KEYS are masked: a query row masked whole is an empty softmax, a NaN one layer before anyone sees it.
+    Only KEYS are masked: a query that may look at nothing takes the softmax of -inf alone, which is NaN.
     """
     return valid[:, None, None, :]
 
@@ -239,8 +242,8 @@ if __name__ == "__main__":
     from data import show, step_generator, tiny_batch                   # for this demonstration only
 
     table, batch = tiny_batch()
-    N, generator, everywhere = len(table.schema.numeric), step_generator(3), torch.ones_like(batch.observed)
-    hidden = create_masks(scorable(batch.observed, batch.categorical), 0.4, generator)
+    N, generator, everywhere = len(table.schema.numeric), step_generator(2), torch.ones_like(batch.observed)
+    hidden = create_masks(scorable(batch.observed, batch.categorical), 0.3, generator)
     known = batch.observed & ~hidden
     numeric, categorical, shown = bert_style_masking(*batch[:3], hidden, generator)
 
@@ -250,7 +253,7 @@ if __name__ == "__main__":
 
     for title, cells in (
             ("the batch: scaled values and ids, ? = missing in the file", batch[:3]),
-            ("known: what is left after hiding 40 %", (batch.numeric, batch.categorical, known)),
+            ("known: what is left after hiding 30 %", (batch.numeric, batch.categorical, known)),
             ("shown: with 80/10/10 some come back, true or not", (numeric, categorical, shown)),
             ("pencilled in, both ways: between the nearest known cells", pencilled(causal=False)),
             ("pencilled in, causal: the last known value", pencilled(causal=True))):

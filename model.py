@@ -19,6 +19,7 @@ The words, used everywhere:
     hidden    (B, T, F)     True = we took this value away, the model must guess it
     shown     (B, T, F)     True = the embedding gets a value here and not [MASK]
     known     (B, T, F)     True = observed and not hidden: guesses and statistics are made from these alone
+    pencil    (B, T, N)     what a person would write into unknown cells: the guess that the model starts from
     score     (B, T, F)     True = this cell counts in the loss
     attend    (B, 1, T, T)  True = this query may look at this key
 """
@@ -34,7 +35,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from masking import Inputs, create_inputs, create_masks, pencil_in
+from masking import Inputs, Targets, create_inputs, create_masks, pencil_in
 
 TRUST = 5.0     # log-odds of the pencilled-in category before anything is learned
 
@@ -67,17 +68,22 @@ def rotary_table(T, head_size, base=100.0):
 
 
 def rotate(x, cos, sin):
-    """Turn pairs of channels of q and k, x (B, T, 2, nh, hs), by their row's angle: q @ k then depends on the
-    distance of the rows alone. A pair is a complex number; to turn it is to multiply it by cos + i sin."""
+    """Turn pairs of channels of q and k, x (B, T, 2, nh, hs), by the angle of their row. A pair is a complex
+    number; to turn it by a is to multiply it by e^ia = cos a + i sin a. In the product of a query and a key,
+    Re(q e^ia conj(k e^ib)) = Re(q conj(k) e^i(a-b)): the distance of their rows is all that is left."""
     pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))             # (B, T, 2, nh, hs/2)
     turn = torch.complex(cos, sin)[:, None, None]                               # (T, 1, 1, hs/2)
     return torch.view_as_real(pairs * turn).flatten(-2).type_as(x)              # x may be bfloat16
 
 
 def plain_attention(q, k, v, attend=None):
-    """softmax(q k^T / sqrt(hs)) v (Vaswani 2017): the reference that the fused kernel is tested against.
+    """softmax(q k^T / sqrt(hs)) v (Vaswani 2017).
 
-    q, k, v: (B, nh, T, hs); attend: broadcasts to (B, nh, T, T), True = may look.
+    Each row has a query (what it looks for), a key (what it offers) and a value (what it hands over). It
+    takes the mean of all values, weighted by the softmax of its query's product with every key. A sum of hs
+    products has a spread of sqrt(hs); without the division one row would take all.
+    q, k, v: (B, nh, T, hs); attend: broadcasts to (B, nh, T, T), True = may look. The model calls torch's
+    fused kernel instead, which is tested against this.
     """
     weight = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])                   # (B, nh, T, T)
     if attend is not None:
@@ -247,7 +253,8 @@ class TableTransformer(nn.Module):
         the rows to come; predict: Inputs -> (numbers, ids), where it is not this model that is asked.
         Returns the Batch of the rows to come, (B, steps, ...). What has no value in a history gets none.
         """
-        B, N, each = *batch.numeric.shape[::2], torch.arange(len(batch.valid))[:, None]
+        B, _, N = batch.numeric.shape
+        each = torch.arange(B)[:, None]                                         # (B, 1)
         length, ever = batch.valid.sum(dim=1), batch.observed.any(dim=1)        # (B,), (B, F)
         # room for what is to come, at the right end of each
         whole = type(batch)(*(torch.cat([x, x.new_zeros(B, steps, *x.shape[2:])], dim=1) for x in batch))
@@ -324,17 +331,26 @@ def print_shapes():
     model = TableTransformer(Config(len(schema.numeric), schema.vocab_sizes(), 0, table.seq_len))
     for name, part in model.named_children():
         print(f"{name:<8}{sum(p.numel() for p in part.parameters()):>9,} parameters")
-    known = batch.observed & ~create_masks(batch.observed, 0.4, step_generator(3))
+    known = batch.observed & ~create_masks(batch.observed, 0.3, step_generator(2))
     inputs = create_inputs(batch, known, causal=False)
     for name, x in inputs._asdict().items():
         print(f"inputs.{name:<15}{tuple(x.shape)}")
     for name, part in model.named_modules():
         if name.startswith(("embed", "blocks.0", "norm", "head")):              # other blocks look alike
             part.register_forward_hook(lambda part, x, y, name=name: print(f"{name:<22}{tuple(y.shape)}"))
-    guess = model(inputs)
+    with torch.no_grad():
+        guess = model(inputs)
     print(f"{'guess.numeric':<22}{tuple(guess.numeric.shape)}")
     print(f"{'guess.logits':<22}{[tuple(x.shape) for x in guess.logits]}")
     print(f"untrained, the guess is what is pencilled in: {torch.equal(guess.numeric, inputs.pencil)}")
+    targets, unit = Targets(batch.numeric, batch.categorical, batch.observed & ~known), torch.ones(2)
+    b, t, j = targets.score[..., :2].nonzero()[0].tolist()
+    truth, said = float(batch.numeric[b, t, j]), float(guess.numeric[b, t, j])
+    print(f"{schema.numeric[j]} in window {b}, row {t}, is hidden: truth {truth:.2f}, guess {said:.2f}, "
+          f"squared error {(truth - said) ** 2:.3f}")
+    sums, counts = sum_losses(guess, targets, unit), count_scored(targets)
+    print("losses, a sum over hidden cells / their count: numeric {:.3f} / {:.0f}, categorical {:.3f} / {:.0f}"
+          .format(sums[0], counts[0], sums[1], counts[1]))
 
 
 def over_heads(q, k, v, attend=F.scaled_dot_product_attention, **options):
@@ -363,8 +379,6 @@ def find_leaks(causal, wrong_axis=False, T=12, N=3):
 
 def bench(compiled, repeats=15):
     """Time of a training step, and its share of the speed of a plain matrix product in the same dtype."""
-    from data import Schema, Table, step_generator          # for this demonstration only
-
     device, N = "cuda" if torch.cuda.is_available() else "cpu", 7
 
     def median(work):
@@ -379,7 +393,6 @@ def bench(compiled, repeats=15):
 
     shapes = [(96, 32, 128, 4, 4), (256, 16, 384, 6, 6), (1024, 14, 128, 4, 4)]
     shapes += [(1024, 32, 512, 8, 4)] * (device == "cuda")
-    rows = 100_000
     for dtype in (torch.float32, torch.bfloat16):
         a = torch.randn(*[8192 if device == "cuda" else 2048] * 2, device=device, dtype=dtype)
         peak = 2 * len(a) ** 3 / median(lambda: a @ a)      # FLOP/s
@@ -387,33 +400,25 @@ def bench(compiled, repeats=15):
             raw = TableTransformer(Config(N, [], 4, T, n_layer, n_head, D)).to(device)
             model = torch.compile(raw) if compiled else raw
             optimizer = torch.optim.AdamW(raw.parameters(), fused=True)
-            table = Table(Schema([""] * N, [], [], [], [], [], 10.0), torch.randn(rows, N),
-                          torch.zeros(rows, 0, dtype=torch.int32), torch.ones(rows, N, dtype=torch.bool),
-                          torch.zeros(rows, 4), {}, {}, None, T, {"train": torch.tensor([[0, rows]])})
-
-            def batch():
-                batch = table.batch(table.sample("train", B, step_generator(0)))
-                hidden = create_masks(batch.observed, 0.3, step_generator(0))
-                return batch.numeric, create_inputs(batch, ~hidden, causal=False)
+            x, known = torch.randn(B, T, N, device=device), torch.rand(B, T, N, device=device) > 0.3
+            ids = torch.zeros(B, T, 0, dtype=torch.long, device=device)
+            inputs = Inputs(x, ids, known, known, x, ids, torch.zeros(B, T, 4, device=device), None)
 
             def step():
                 with torch.autocast(device, dtype, enabled=dtype != torch.float32):
                     guess = model(inputs)
-                F.mse_loss(guess.numeric, target).backward()
+                F.mse_loss(guess.numeric, x + 1).backward()
                 nn.utils.clip_grad_norm_(raw.parameters(), 1.0)
                 optimizer.step()
                 optimizer.zero_grad()
 
-            cutting = median(batch)
-            target, inputs = batch()
-            target, inputs = target.to(device), Inputs(*(x if x is None else x.to(device) for x in inputs))
             took = median(step)
             # 6 operations a parameter and token, and attention's two T x T products, as nanoGPT counts them
             flops = B * T * (6 * sum(p.numel() for p in raw.parameters()) + 12 * n_layer * D * T) / took
             memory = f", {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB" if device == "cuda" else ""
             print(f"T {T:4d}, B {B:2d}, D {D:3d}, {str(dtype)[6:]:<8} {took * 1e3:7.1f} ms a step, "
                   f"{B * T * N / took:10,.0f} cells/s, {flops / 1e9:7,.0f} GFLOP/s, {flops / peak:.2f} matmul"
-                  f"{memory}; a batch {cutting * 1e3:.1f} ms", flush=True)
+                  f"{memory}", flush=True)
 
 
 if __name__ == "__main__":
@@ -431,5 +436,6 @@ if __name__ == "__main__":
         pictures = find_leaks(False), find_leaks(True), find_leaks(True, wrong_axis=True)
         for lines in zip(*(picture.tolist() for picture in pictures)):
             print("".join(f"{' '.join('.#'[depends] for depends in line):<30}" for line in lines).rstrip())
+        print("what is left of the third comes from the pencil and from the step to the row before")
     else:
         print_shapes()

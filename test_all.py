@@ -49,7 +49,8 @@ ROOT = Path(__file__).parent
 slow = pytest.mark.skipif(not os.environ.get("NANOTAB_SLOW"), reason="slow: set NANOTAB_SLOW=1")
 etth1 = pytest.mark.skipif(not os.environ.get("ETTH1"), reason="set ETTH1 to the path of ETTh1.csv")
 SMALL = ["--n_layer", "1", "--n_head", "2", "--n_embd", "16", "--batch_size", "4", "--seq_len", "16",
-         "--max_steps", "4", "--eval_every", "2", "--log_every", "1", "--warmup_steps", "2", "--device", "cpu"]
+         "--max_steps", "4", "--eval_every", "2", "--log_every", "1", "--warmup_steps", "2",
+         "--device", "cpu"]
 AHEAD = ["--given", "4", "--horizons", "1", "3"]            # fits into the 16 rows of SMALL
 EIGHT = ["--max_steps", "8", "--dropout", "0.1"]
 

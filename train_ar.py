@@ -158,7 +158,7 @@ CAUSAL = True           # who may look where: every row of a window at itself an
 def objective(batch, args, generator, step=None, case=None):
     """data.Batch -> what the model sees, masking.Inputs, and what it is asked, masking.Targets.
 
-    Every row is asked for the row after it. In training what is seen is slightly off; the target is not.
+    Every row is asked for the row after it. In training, without `case`, what is seen is slightly off.
     """
     answerable = scorable(batch.observed, batch.categorical)                    # has a right answer
     noise = args.noise if case is None else 0.0
@@ -632,7 +632,8 @@ def main(argv=None):
         norm = torch.nn.utils.clip_grad_norm_(raw.parameters(), args.grad_clip or math.inf)
         ready = prepare(step + 1)                               # while a GPU is busy with what it was given
         # The one host sync of a step. The norm is that of the averaged gradients: all ranks stop, or none.
-        norm = float(norm)
+        norm, stop = torch.stack([norm, count[2]]).tolist()
+        # float16 overflows now and then, and halves its scale; below 1 it is not the scale any more
         if not math.isfinite(norm) and (not scaler.is_enabled() or scaler.get_scale() < 1):
             if rank == 0:
                 keep("last.pt")                                 # of the last good step
@@ -666,7 +667,7 @@ def main(argv=None):
                       f"cells/s, {minutes:.1f} min left", flush=True)
             since, logged = now, step
             running.zero_()
-        if count[2] > 0:                                        # of any rank: they stop at the same step
+        if stop:                                                # Ctrl-C on any rank: all stop at this step
             code = 130                                          # as the shell says of Ctrl-C
             break
 

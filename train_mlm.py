@@ -122,6 +122,7 @@ def apply_to_file(model, table, means, args):
         return
     schema, windows = table.schema, max(1, EVAL_ROWS // table.seq_len)
     N, names, learnt = len(schema.numeric), schema.numeric + schema.categorical, table.learnt().tolist()
+    filled = table.numeric.clone(), table.categorical.clone()
     for these, owned in zip(*(x.split(windows) for x in table.owners())):
         batch = table.batch(these)
         numeric, ids = model.predict(create_inputs(batch, batch.observed, CAUSAL))
@@ -129,14 +130,13 @@ def apply_to_file(model, table, means, args):
         mine = (rows >= owned[:, :1]) & (rows < owned[:, 1:])       # each row from where it is most central
         rows = rows[mine]
         seen = table.observed[rows]
-        # where nothing was observed these tensors hold zeros that nobody reads: room for what we say
-        table.numeric[rows] = torch.where(seen[:, :N], table.numeric[rows], numeric[mine])
-        table.categorical[rows] = torch.where(seen[:, N:], table.categorical[rows], ids[mine].int())
+        filled[0][rows] = torch.where(seen[:, :N], filled[0][rows], numeric[mine])
+        filled[1][rows] = torch.where(seen[:, N:], filled[1][rows], ids[mine].int())
     cells, worse = Cells(table, args), []
     print(f"\n{'filled':<32}{'cells':>11}{'no reading':>11}{'model':>11}{'linear':>11}  (test error)")
     for j, name in enumerate(names):
         holes = ~table.observed[:, j]
-        values = (table.numeric[:, j] if j < N else table.categorical[:, j - N])[holes]
+        values = (filled[0][:, j] if j < N else filled[1][:, j - N])[holes]
         if learnt[j] and len(values):
             cells.fill(name, holes.numpy(), cells.like(name, values))
             ours, theirs = (means[name][method] for method in ("model", "linear"))
@@ -166,7 +166,7 @@ CAUSAL = False          # who may look where: every row of a window at every oth
 def objective(batch, args, generator, step=None, case=None):
     """data.Batch -> what the model sees, masking.Inputs, and what it is asked, masking.Targets.
 
-    In training `step` sets the rate. In evaluation `case` is style and rate, and every hidden cell is [MASK].
+    Training gives `step`, which sets the rate; evaluation gives `case`, style and rate, and hides as [MASK].
     """
     style, rate = case or (args.mask_style, None)
     if case is None:
@@ -634,7 +634,8 @@ def main(argv=None):
         norm = torch.nn.utils.clip_grad_norm_(raw.parameters(), args.grad_clip or math.inf)
         ready = prepare(step + 1)                               # while a GPU is busy with what it was given
         # The one host sync of a step. The norm is that of the averaged gradients: all ranks stop, or none.
-        norm = float(norm)
+        norm, stop = torch.stack([norm, count[2]]).tolist()
+        # float16 overflows now and then, and halves its scale; below 1 it is not the scale any more
         if not math.isfinite(norm) and (not scaler.is_enabled() or scaler.get_scale() < 1):
             if rank == 0:
                 keep("last.pt")                                 # of the last good step
@@ -668,7 +669,7 @@ def main(argv=None):
                       f"cells/s, {minutes:.1f} min left", flush=True)
             since, logged = now, step
             running.zero_()
-        if count[2] > 0:                                        # of any rank: they stop at the same step
+        if stop:                                                # Ctrl-C on any rank: all stop at this step
             code = 130                                          # as the shell says of Ctrl-C
             break
 
