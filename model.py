@@ -393,7 +393,7 @@ def bench(compiled, repeats=15):
 
     shapes = [(96, 32, 128, 4, 4), (256, 16, 384, 6, 6), (1024, 14, 128, 4, 4)]
     shapes += [(1024, 32, 512, 8, 4)] * (device == "cuda")
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype in [torch.float32, torch.bfloat16] + [torch.float16] * (device == "cuda"):
         a = torch.randn(*[8192 if device == "cuda" else 2048] * 2, device=device, dtype=dtype)
         peak = 2 * len(a) ** 3 / median(lambda: a @ a)      # FLOP/s
         for T, B, D, n_layer, n_head in shapes:
@@ -412,6 +412,8 @@ def bench(compiled, repeats=15):
                 optimizer.step()
                 optimizer.zero_grad()
 
+            if device == "cuda":
+                torch.cuda.reset_peak_memory_stats()
             took = median(step)
             # 6 operations a parameter and token, and attention's two T x T products, as nanoGPT counts them
             flops = B * T * (6 * sum(p.numel() for p in raw.parameters()) + 12 * n_layer * D * T) / took
