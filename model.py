@@ -224,7 +224,9 @@ class TableTransformer(nn.Module):
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.embed.categories.weight[0])                         # [UNK]
 
-    def forward(self, inputs):
+    def features(self, inputs):
+        """Inputs -> what the model makes of each row, the residual stream after the last norm, (B, T, D); and
+        the spread of each column in the window, (B, 1, N), or 1.0 where the future must not be known."""
         numeric, ids, shown, known, pencil, pencil_ids, clock, attend = inputs
         T, N = numeric.shape[1:]
         # the level and spread of the window would tell a causal model about its future
@@ -233,12 +235,16 @@ class TableTransformer(nn.Module):
         x = self.embed(values, torch.where(shown[..., N:], ids, pencil_ids), shown, clock)      # (B, T, D)
         for block in self.blocks:
             x = block(x, attend, self.cos[:T], self.sin[:T])
-        out = self.head(self.norm(x)).float()                                   # (B, T, N + all classes)
-        correction, *logits = out.split([N] + self.classes, dim=-1)
+        return self.norm(x), scale
+
+    def forward(self, inputs):
+        x, scale = self.features(inputs)
+        out = self.head(x).float()                                              # (B, T, N + all classes)
+        correction, *logits = out.split([self.config.n_numeric] + self.classes, dim=-1)
         for k, n in enumerate(self.classes):
-            pencilled = pencil_ids[..., k:k + 1] == torch.arange(2, 2 + n, device=out.device)   # (B, T, n)
-            logits[k] = logits[k] + TRUST * pencilled
-        return Guess(pencil + scale * correction, logits)
+            ids = torch.arange(2, 2 + n, device=out.device)                     # (n,) of the column's own values
+            logits[k] = logits[k] + TRUST * (inputs.pencil_ids[..., k:k + 1] == ids)            # (B, T, n)
+        return Guess(inputs.pencil + scale * correction, logits)
 
     @torch.no_grad()
     def predict(self, inputs):
