@@ -242,7 +242,7 @@ class TableTransformer(nn.Module):
         out = self.head(x).float()                                              # (B, T, N + all classes)
         correction, *logits = out.split([self.config.n_numeric] + self.classes, dim=-1)
         for k, n in enumerate(self.classes):
-            ids = torch.arange(2, 2 + n, device=out.device)                     # (n,) of the column's own values
+            ids = torch.arange(2, 2 + n, device=out.device)                     # (n,), the column's own
             logits[k] = logits[k] + TRUST * (inputs.pencil_ids[..., k:k + 1] == ids)            # (B, T, n)
         return Guess(inputs.pencil + scale * correction, logits)
 
@@ -355,7 +355,7 @@ def print_shapes():
     print(f"{schema.numeric[j]} in window {b}, row {t}, is hidden: truth {truth:.2f}, guess {said:.2f}, "
           f"squared error {(truth - said) ** 2:.3f}")
     sums, counts = sum_losses(guess, targets, unit), count_scored(targets)
-    print("losses, a sum over hidden cells / their count: numeric {:.3f} / {:.0f}, categorical {:.3f} / {:.0f}"
+    print("losses, sums over hidden cells / counts: numeric {:.3f} / {:.0f}, categorical {:.3f} / {:.0f}"
           .format(sums[0], counts[0], sums[1], counts[1]))
 
 
