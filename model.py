@@ -114,6 +114,7 @@ class SelfAttention(nn.Module):
 
 
 class MLP(nn.Module):
+    """Attention moves things between rows; this works on each row alone, with two thirds of a block's weights."""
 
     def __init__(self, config):
         super().__init__()
@@ -165,6 +166,7 @@ class RowEmbedding(nn.Module):
     def forward(self, values, ids, shown, clock):
         # values (B, T, N), ids (B, T, K), shown (B, T, F), clock (B, T, C)
         steps = 4 * F.pad(values.diff(dim=1), (0, 0, 1, 0))                     # (B, T, N), the first is 0
+        # all that is a number goes through one matrix product, and what is not shown says so with a 1
         x = torch.cat((values, steps, (~shown).type_as(values), clock), dim=-1)         # (B, T, 2N + F + C)
         rows = torch.where(ids == 1, 0, ids + self.offset)                      # (B, T, K), of the one table
         return x @ self.weight + self.bias + self.categories(rows).sum(dim=2)   # (B, T, D)
@@ -178,6 +180,7 @@ def window_scale(numeric, known):
     window without spread is not blown up by dividing through almost nothing, and one without a known cell has
     center 0 and scale 1.
     """
+    # sums with a mask, not means of selected cells: windows know different numbers of cells
     count = known.sum(dim=1, keepdim=True)                                      # (B, 1, N)
     center = torch.where(known, numeric, 0.0).sum(dim=1, keepdim=True) / count.clamp(min=1)
     square = torch.where(known, numeric - center, 0.0).square().sum(dim=1, keepdim=True)
@@ -239,6 +242,7 @@ class TableTransformer(nn.Module):
 
     def forward(self, inputs):
         x, scale = self.features(inputs)
+        # one product for the heads of all columns, then a slice for each; in float32, autocast or not
         out = self.head(x).float()                                              # (B, T, N + all classes)
         correction, *logits = out.split([self.config.n_numeric] + self.classes, dim=-1)
         for k, n in enumerate(self.classes):
@@ -267,14 +271,16 @@ class TableTransformer(nn.Module):
         future = length[:, None] + torch.arange(steps)                          # (B, steps)
         whole.clock[each, future] = clock
         for end in future.T:                                                    # (B,) where a row is missing
+            # the T rows before it, or fewer where the longest history has fewer
             size = min(int(end.max()), self.config.seq_len)
             start = (end - size).clamp(min=0)
             window = type(batch)(*(x[each, start[:, None] + torch.arange(size)] for x in whole))
             here = each[:, 0], end
+            # the whole window is run again for each row: no cache of keys and values, to stay readable
             numeric, ids = (predict or self.predict)(create_inputs(window, window.observed, causal=True))
             whole.numeric[here] = numeric[each[:, 0], end - start - 1] * ever[:, :N]
             whole.categorical[here] = ids[each[:, 0], end - start - 1] * ever[:, N:]
-            whole.observed[here], whole.valid[here] = ever, True
+            whole.observed[here], whole.valid[here] = ever, True        # from now on it counts as seen
         return type(batch)(*(x[each, future] for x in whole))
 
 
@@ -295,7 +301,7 @@ def sum_losses(guess, targets, unit, loss="mse"):
     Sums, so that the caller divides once, by the count of a whole step clamped to 1: the mean of no cells is
     0/0. Targets hold no NaN, so torch.where is safe: what it drops has gradient 0, where a NaN has NaN.
     """
-    N = targets.numeric.shape[-1]
+    N = targets.numeric.shape[-1]                                               # numeric columns come first
     measure = F.mse_loss if loss == "mse" else F.huber_loss
     error = measure(guess.numeric / unit, targets.numeric / unit, reduction="none")       # (B, T, N)
     total = torch.where(targets.score[..., :N], error, 0.0).sum()
@@ -317,6 +323,7 @@ def first_non_finite(model, inputs):
             if not all(x.isfinite().all() for x in parts):
                 found.append(name or "the heads' sum with the pencil")
         return hook
+    # a module's hook runs when its output is there, so those inside it report before it does
     hooks = [module.register_forward_hook(look(name)) for name, module in model.named_modules()]
     with torch.no_grad():
         model(inputs)
@@ -350,6 +357,7 @@ def print_shapes():
     print(f"{'guess.logits':<22}{[tuple(x.shape) for x in guess.logits]}")
     print(f"untrained, the guess is what is pencilled in: {torch.equal(guess.numeric, inputs.pencil)}")
     targets, unit = Targets(batch.numeric, batch.categorical, batch.observed & ~known), torch.ones(2)
+    # one hidden number, all the way to the loss
     b, t, j = targets.score[..., :2].nonzero()[0].tolist()
     truth, said = float(batch.numeric[b, t, j]), float(guess.numeric[b, t, j])
     print(f"{schema.numeric[j]} in window {b}, row {t}, is hidden: truth {truth:.2f}, guess {said:.2f}, "
@@ -395,12 +403,13 @@ def bench(compiled, repeats=15):
             if device == "cuda":
                 torch.cuda.synchronize()
             times.append(time.perf_counter() - start)
-        return sorted(times[3:])[repeats // 2]
+        return sorted(times[3:])[repeats // 2]              # a mean would count the neighbours' work as ours
 
     shapes = [(96, 32, 128, 4, 4), (256, 16, 384, 6, 6), (1024, 14, 128, 4, 4)]
-    shapes += [(1024, 32, 512, 8, 4)] * (device == "cuda")
+    shapes += [(1024, 32, 512, 8, 4)] * (device == "cuda")  # the others leave a GPU waiting for Python
     for dtype in [torch.float32, torch.bfloat16] + [torch.float16] * (device == "cuda"):
         a = torch.randn(*[8192 if device == "cuda" else 2048] * 2, device=device, dtype=dtype)
+        # what this device does at best, in this process and at this moment
         peak = 2 * len(a) ** 3 / median(lambda: a @ a)      # FLOP/s
         for T, B, D, n_layer, n_head in shapes:
             raw = TableTransformer(Config(N, [], 4, T, n_layer, n_head, D)).to(device)
