@@ -114,7 +114,7 @@ class SelfAttention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Attention moves things between rows; this works on each row alone, with two thirds of a block's weights."""
+    """Attention moves things between rows; this works on each row alone, with most of a block's weights."""
 
     def __init__(self, config):
         super().__init__()
