@@ -349,7 +349,7 @@ def infer_kind(column, source):
         if numeric >= 0.9 * column.notna().sum():           # a "Bad" among numbers is a missing number
             return "numeric"
     # pandas takes "M3" and "may" for dates as well: we want to see one, and all of them to be one
-    words = pd.Series(column.dropna().unique()).astype(str)
+    words = column.dropna().astype(str).drop_duplicates()
     dates = words.str.contains(DATE)
     if dates.mean() >= 0.9:
         if as_time(column) is not None:

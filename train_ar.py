@@ -373,7 +373,7 @@ def parse(argv):
 
 def pick_device(args):
     """Returns the device, and the name of autocast's dtype."""
-    # never cuda by default: the first command must run on a laptop
+    # a GPU is asked for, not assumed: the first command must run on a laptop
     name = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
     if name == "cuda":                                  # each process of torchrun has a GPU of its own
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
