@@ -85,7 +85,7 @@ def simulate_sensors(n_rows=40_000, seed=0):
     modes = np.array(["idle", "production", "boost", "flush"])
     # line: the mode that ends, column: the one that follows it
     step = np.array([[0, .8, .1, .1], [.4, 0, .4, .2], [.1, .9, 0, 0], [.6, .4, 0, 0]])
-    path = [1]
+    path = [1]                                  # a Markov chain: what follows depends on what is, alone
     while len(path) < n_rows // 50:
         path.append(rng.choice(4, p=step[path[-1]]))
     # geometric durations are what "a chance a second to end" comes to
@@ -95,13 +95,13 @@ def simulate_sensors(n_rows=40_000, seed=0):
     valve = np.array([0.25, 0.7, 0.9, 1.0])[mode]
 
     # the machine: the drive hunts round its set-point, the network pushes back on the valve
-    speed = lagged(setpoint, 6.0) + noise(35, 5.0)
-    opening = lagged(valve, 15.0) * (1 + noise(0.05, 8.0))
+    speed = lagged(setpoint, 6.0) + noise(35, 5.0)              # rpm
+    opening = lagged(valve, 15.0) * (1 + noise(0.05, 8.0))      # share
     flow = 0.06 * speed * opening                               # m3/h
     # bar: the suction side sags under flow, the pump adds its head, and loses some of it to friction
     suction = 2.4 + noise(0.15, 300.0) - 0.004 * flow
     head = 5.2 * (speed / 1500) ** 2 - 0.00022 * flow ** 2
-    power = 1.5 + 0.045 * flow * head + 6.0 * (speed / 1500) ** 3
+    power = 1.5 + 0.045 * flow * head + 6.0 * (speed / 1500) ** 3       # kW: idling, pumping, friction
     ambient = 18 + 5 * np.sin(2 * np.pi * (t / 86_400 - 0.3)) + noise(0.3, 600.0)
     # mm/s: each mode shakes in its own way, and with the square of the speed
     rough = np.array([0.4, 1.0, 1.3, 2.2])[mode] * (speed / 1500) ** 2
@@ -109,33 +109,33 @@ def simulate_sensors(n_rows=40_000, seed=0):
         "time": pd.Timestamp("2024-03-04 05:00:00") + pd.to_timedelta(t, unit="s"),
         "mode": modes[mode],
         "valve": np.where(opening > 0.8, "open", np.where(opening > 0.4, "throttled", "closed")),
-        "speed_setpoint": setpoint,
-        "speed": speed + noise(4),
-        "flow": flow + noise(0.8),
-        "pressure_in": suction + noise(0.02),
-        "pressure_out": suction + head + noise(0.04),
-        "power": power * (1 + noise(0.012)),
-        "temp_bearing": ambient + 1.6 * lagged(power, 120.0) + noise(0.15),
-        "temp_outlet": ambient + 0.5 * lagged(power, 40.0) + 6 + noise(0.1),
-        "vibration": rough * np.exp(noise(0.1) + noise(0.2, 20.0)),
-        "temp_ambient": ambient + noise(0.1),
-        "line_frequency": 50.0,
-        "humidity": np.nan,
+        "speed_setpoint": setpoint,                             # rpm
+        "speed": speed + noise(4),                              # rpm, and each sensor adds noise of its own
+        "flow": flow + noise(0.8),                              # m3/h
+        "pressure_in": suction + noise(0.02),                   # bar
+        "pressure_out": suction + head + noise(0.04),           # bar
+        "power": power * (1 + noise(0.012)),                    # kW
+        "temp_bearing": ambient + 1.6 * lagged(power, 120.0) + noise(0.15),  # degrees, two minutes late
+        "temp_outlet": ambient + 0.5 * lagged(power, 40.0) + 6 + noise(0.1),  # degrees
+        "vibration": rough * np.exp(noise(0.1) + noise(0.2, 20.0)),  # mm/s
+        "temp_ambient": ambient + noise(0.1),                   # degrees
+        "line_frequency": 50.0,                                 # Hz, a constant column
+        "humidity": np.nan,                                     # an empty one
     }).round({"speed": 0, "flow": 1, "pressure_in": 3, "pressure_out": 2, "power": 2, "temp_bearing": 1,
-              "temp_outlet": 1, "vibration": 3, "temp_ambient": 1})
+              "temp_outlet": 1, "vibration": 3, "temp_ambient": 1})     # as many digits as a display has
 
     # what goes wrong on site, column by column: the runs and the single dropouts make 4 to 6 % of holes
     for name in table.columns[1:-2]:
         holes = rng.random(n_rows) < 0.005
         for start in rng.integers(0, n_rows, n_rows // 2000):
-            holes[start:start + rng.geometric(1 / 90)] = True
+            holes[start:start + rng.geometric(1 / 90)] = True           # a minute and a half on average
         table[name] = table[name].mask(holes)
     for start in rng.integers(0, n_rows, 12):                   # a frozen sensor repeats its last value
         stop = min(start + rng.geometric(1 / 180), n_rows)
         table.loc[start:stop, "temp_outlet"] = table["temp_outlet"].iloc[start]
     spikes = rng.random(n_rows) < 0.0002
-    table.loc[spikes, "pressure_out"] = 40 * rng.random(spikes.sum())
-    table.loc[rng.integers(0, n_rows, 15), "flow"] = -1.18e42
+    table.loc[spikes, "pressure_out"] = 40 * rng.random(spikes.sum())           # water hammer
+    table.loc[rng.integers(0, n_rows, 15), "flow"] = -1.18e42           # how a logger says "no reading"
     table.loc[int(0.93 * n_rows):int(0.94 * n_rows), "mode"] = "maintenance"    # never seen in the train rows
     return table
 
@@ -154,8 +154,8 @@ def gravity(x, m):
 
 def energy(x, v, m):
     """Kinetic and potential energy of each system, (systems,); shapes as in `gravity`."""
-    total = (m * (v ** 2).sum(0)).sum(0) / 2
-    for i in range(len(m) - 1):
+    total = (m * (v ** 2).sum(0)).sum(0) / 2                    # m v^2 / 2 of each body
+    for i in range(len(m) - 1):                                 # and -m m' / distance of each pair
         total -= (m[i] * m[i + 1:] / np.sqrt(((x[:, i + 1:] - x[:, i:i + 1]) ** 2).sum(0))).sum(0)
     return total
 
@@ -171,9 +171,9 @@ def integrate(x, v, m, dt, samples, substeps=16):
     path = [(x, v)]
     for _ in range(samples - 1):
         for h in strides:                                       # (systems,)
-            x = x + h / 2 * v
-            v = v + h * gravity(x, m)
-            x = x + h / 2 * v
+            x = x + h / 2 * v                                   # drift: half a step on, at the old speed,
+            v = v + h * gravity(x, m)                           # kick: a new speed, by the pull there,
+            x = x + h / 2 * v                                   # drift: the other half
         path.append((x, v))
     return (np.stack(part) for part in zip(*path))
 
@@ -200,6 +200,7 @@ def simulate_systems(n, seed=0):
     m = np.concatenate([np.ones((1, spare)), mass])                             # (6, spare), the star first
     x, v = (np.concatenate([np.zeros((2, 1, spare)), z], axis=1) for z in (x, v))
     x, v = (z - (m * z).sum(1, keepdims=True) / m.sum(0) for z in (x, v))
+    # a planet at distance 1 goes round in 2 pi, so two to four times; `rows` rows divide that evenly
     x, v = integrate(x, v, m, rng.uniform(15, 24, spare) / (rows - 1), samples=59)
     # where planets meet, the steps are too long for the energy to stay what it was: such systems are left out
     total = np.stack([energy(*moment, m) for moment in zip(x, v)])              # (59, systems)
@@ -221,7 +222,7 @@ def simulate_planets(n_systems=3000, seed=0):
     x = np.where(here, x[:, :, 1:], np.nan)                                     # (59, 2, 5, systems)
     system, step = (np.arange(59) < rows[:, None]).nonzero()                    # of each row of the table
     columns = {"idx": system, "time_step": step}
-    for i in range(5):
+    for i in range(5):                                          # m and e in units that make them about 1
         fixed = {"m": mass[i] * 1e5, "a": axis[i], "e": eccentricity[i] * 20}
         columns |= {f"planet{i}_{c}": x[step, d, i, system] for d, c in enumerate("xy")}
         columns |= {f"planet{i}_{c}": np.where(here[i], value, np.nan)[system] for c, value in fixed.items()}
@@ -261,6 +262,7 @@ def read_options(text):
 
 def text_options(options):
     """Options for pandas.read_csv that leave every cell as it is written, "" where it is empty."""
+    # all but what turns text into something else: separators, headers, encodings still hold
     typed = ("dtype", "na_values", "parse_dates", "converters", "decimal", "true_values", "false_values")
     return {key: options[key] for key in options if key not in typed} | {"dtype": str, "na_filter": False}
 
@@ -277,6 +279,7 @@ def read_table(source, read_csv=None, as_text=False):
     if source in SIMULATIONS and not as_text:
         return SIMULATIONS[source]()
     try:
+        # what is no text file is read, and written as pandas would write it
         if as_text and (source in SIMULATIONS or source.endswith(".parquet")):
             table = pd.read_csv(io.StringIO(read_table(source).to_csv(index=False)), **text_options({}))
         elif as_text:
@@ -309,10 +312,11 @@ def read_table(source, read_csv=None, as_text=False):
         fail(f"{source}: several columns are called {table.columns[table.columns.duplicated()][0]!r}")
     if ragged or table.shape[1] == 1 and set(table.columns[0]) & set(";\t|"):
         fail(f"{source}: the columns come out wrong: is the separator another one? --read_csv 'sep=;'")
+    # one word among numbers keeps pandas from reading any of them, and then their decimal commas stay
     comma = options.get("decimal", ".") if not as_text else "."
     for name in table.columns if comma != "." else []:
-        if pd.api.types.infer_dtype(table[name], skipna=True) == "string":     # a word among its numbers kept
-            dotted = table[name].str.replace(comma, ".")                        # pandas from reading them
+        if pd.api.types.infer_dtype(table[name], skipna=True) == "string":
+            dotted = table[name].str.replace(comma, ".")
             if pd.to_numeric(dotted, errors="coerce").notna().sum() >= 0.9 * dotted.notna().sum():
                 table[name] = dotted
     return table
@@ -357,7 +361,7 @@ def infer_kind(column, source):
         odd = words[~dates].iloc[0] if not dates.all() else words.iloc[-1]
         fail(f"{source}: {column.name!r} does not read as time stamps in one format (such as {odd!r}): "
              f"--read_csv 'skiprows=[1]' leaves out a row of units, --drop_cols {column.name} the column")
-    if len(words) > MAX_CATEGORIES:
+    if len(words) > MAX_CATEGORIES:                         # each would have a class and a vector of its own
         return f"dropped: over {MAX_CATEGORIES} distinct texts (--numeric_cols, --categorical_cols keep it)"
     return "categorical"
 
@@ -381,7 +385,7 @@ def infer_kinds(table, args):
     for name in table.columns:
         if name not in kinds:
             kind = infer_kind(table[name], args.data)
-            second = kind == "time" and "time" in kinds.values()
+            second = kind == "time" and "time" in kinds.values()        # rows are sorted by one
             kinds[name] = "dropped: a second time column" if second else kind
         if name in args.numeric_cols and np.isnan(numbers(table[name])[0]).all():
             fail(f"{args.data}: no value of column {name!r} reads as a number")
@@ -391,7 +395,7 @@ def infer_kinds(table, args):
                 fail(f"{args.data}: --time_col {name} does not read as time stamps, all in one format")
     if not {"numeric", "categorical"} & set(kinds.values()):
         fail(f"{args.data}: no usable column: it needs numbers or categories beside the time and the group")
-    return {name: kinds[name] for name in table.columns}
+    return {name: kinds[name] for name in table.columns}    # in the order of the file, not of the flags
 
 
 def numbers(column):
@@ -511,10 +515,10 @@ class Table:
 
     def sample(self, split, batch_size, generator):
         """Windows at any offset, each equally likely: (batch_size, 2), as in `starts`."""
-        start, end = self.segments[split].unbind(1)
+        start, end = self.segments[split].unbind(1)                             # (S,) each
         offsets = (end - start - self.seq_len + 1).clamp(min=1)                 # a short sequence has one
         # number all offsets of all sequences, one after the other, and draw among the numbers
-        u = torch.randint(int(offsets.sum()), (batch_size,), generator=generator)
+        u = torch.randint(int(offsets.sum()), (batch_size,), generator=generator)       # (B,)
         sequence = torch.searchsorted(offsets.cumsum(0), u, right=True)
         offset = u - (offsets.cumsum(0) - offsets)[sequence]
         return torch.stack([start[sequence] + offset, end[sequence]], dim=1)
@@ -536,7 +540,7 @@ class Table:
     def owners(self):
         """Overlapping windows of every sequence, and the rows [start, end) that each is to speak for: those
         nearer to its middle than to the next one's. Returns windows and owned, both (windows, 2) int64."""
-        windows = self.starts("all", max(1, self.seq_len // 2))
+        windows = self.starts("all", max(1, self.seq_len // 2))         # which overlap by half
         start, end = windows.unbind(1)
         following = start.roll(-1)                          # in the same sequence if it starts before its end
         until = torch.where((following > start) & (following < end),
@@ -549,6 +553,7 @@ class Table:
         # of each sequence the last row, so many times, and then another time in it
         keys = self.keys.iloc[(self.segments["all"][:, 1] - 1).repeat_interleave(steps)]
         for name in [name for name in keys if self.kinds[name] == "time"]:
+            # its latest stamp, not that of its last row: rows without one are sorted to the end
             last = [self.keys[name].iloc[start:end].max() for start, end in self.segments["all"].tolist()]
             ahead = np.tile(np.arange(1, steps + 1), len(last))
             keys = keys.assign(**{name: pd.Series(last).repeat(steps).array + ahead * self.facts[name][2]})
@@ -566,11 +571,11 @@ def encode(table, kinds, schema):
     numeric = np.zeros((n_rows, n_numeric), np.float32)
     categorical = np.zeros((n_rows, n_categorical), np.int32)
     observed = np.zeros((n_rows, n_numeric + n_categorical), bool)
-    facts = {}
+    facts = {}                                              # for `describe`; the model knows none of it
     for j, name in enumerate(schema.numeric):
-        x, repaired = numbers(table.pop(name))
+        x, repaired = numbers(table.pop(name))              # the last place where a cell is NaN
         observed[:, j] = ~np.isnan(x)
-        seen = x[observed[:, j]] if observed[:, j].any() else np.full(1, np.nan)
+        seen = x[observed[:, j]] if observed[:, j].any() else np.full(1, np.nan)        # no mean of nothing
         facts[name] = [repaired, seen.mean(), seen.std(), seen.min(), seen.max()]
         x = np.clip((x - schema.center[j]) / schema.scale[j], -schema.clip, schema.clip)
         numeric[:, j] = np.where(observed[:, j], x, 0.0)    # all in float64 up to here, where it is cast
@@ -582,7 +587,7 @@ def encode(table, kinds, schema):
     clock = np.zeros((n_rows, 0), np.float32)
     keys = table[[name for name in kinds if kinds[name] in ("group", "time")]]
     for name in [name for name in keys if kinds[name] == "time"]:
-        groups = [keys[other] for other in keys if other != name]
+        groups = [keys[other] for other in keys if other != name]       # no step leads into another
         steps = (keys[name].groupby(groups, dropna=False) if groups else keys[name]).diff()
         facts[name] = [keys[name].min(), keys[name].max(), steps.median(), int((steps == 0 * steps).sum())]
         if schema.cycles:
@@ -592,14 +597,14 @@ def encode(table, kinds, schema):
 
 def split_counts(split, n, what, args):
     """Three fractions, or three counts -> three counts of n rows (or groups); what is over stays unused."""
-    if sum(split) <= 1 + 1e-6:
+    if sum(split) <= 1 + 1e-6:                              # 0.7 + 0.15 + 0.15 is a little more than 1
         # edges are rounded, not counts, so that nothing is lost between the parts
         edges = [round(n * sum(split[:i]) + 1e-9) for i in range(4)]
         counts = [b - a for a, b in zip(edges, edges[1:])]
         for i in range(3):                                  # of a few groups none rounds to nothing
             if split[i] and not counts[i] and n >= 3:
                 counts[i], counts[np.argmax(counts)] = 1, max(counts) - 1
-    elif any(c % 1 for c in split):
+    elif any(c % 1 for c in split):                         # 0.9 0.15 0.15: neither shares nor counts
         fail(f"--split {split}: fractions must not exceed 1 together")
     else:
         counts = [int(c) for c in split]
@@ -659,7 +664,7 @@ def load_table(args, table=None):
 
 def check_target(flag, path, source):
     """Before minutes of training: can `path` be written, and is it another file than the one that is read?"""
-    folder = os.path.dirname(path) or "."
+    folder = os.path.dirname(path) or "."               # written beside, then renamed: a right of the folder
     if os.path.isdir(path) or not os.access(folder, os.W_OK):
         fail(f"{flag} {path} cannot be written: {folder} must be a folder that may be written to")
     if os.path.exists(path) and os.path.exists(source) and os.path.samefile(path, source):
@@ -676,7 +681,7 @@ class Cells:
         self.text = read_table(args.data, args.read_csv, as_text=True)
         if len(self.text) != len(table.observed) or not {*table.kinds} <= {*self.text}:
             fail(f"{args.data}: its rows or columns are others when it is read as text (--read_csv)")
-        self.header = dict(zip(self.text, self.text))
+        self.header = dict(zip(self.text, self.text))       # name to us -> name in the file
         self.encoding = self.options.get("encoding", "utf-8")
         renamed = {"header", "names", "usecols", "index_col"} & {*self.options}
         if os.path.exists(args.data) and not args.data.endswith(".parquet") and not renamed:
@@ -689,7 +694,7 @@ class Cells:
 
     def fill(self, name, rows, texts):
         """Put texts into a column where `rows`, (rows,) bool in the order of the table, is True."""
-        column = self.text[name].to_numpy(dtype=object, copy=True)
+        column = self.text[name].to_numpy(dtype=object, copy=True)      # not pandas' own, which is read-only
         column[self.table.keys.index[rows]] = texts
         self.text[name] = column
 
@@ -729,8 +734,9 @@ class Cells:
 
     def write(self, path, text):
         """A DataFrame of texts, with the file's own header, separator and encoding."""
-        sep = self.options.get("sep", self.options.get("delimiter")) or ","
+        sep = self.options.get("sep", self.options.get("delimiter")) or ","     # None: pandas found it out
         header = self.options.get("header", 0) is not None and [self.header[name] for name in text]
+        # a pattern such as \s+ can be read by, not written; and the name ends in .tmp until all is on disk
         text.to_csv(path, index=False, header=header, sep=sep if len(sep) == 1 else ",",
                     encoding=self.encoding,
                     compression="gzip" if path.removesuffix(".tmp").endswith(".gz") else None)
@@ -783,7 +789,7 @@ def tiny_batch():
     frame = tiny_table()
     kinds = infer_kinds(frame, args)
     schema = fit_schema(frame, kinds, np.ones(len(frame), bool), args)
-    segments = {"train": torch.tensor([[0, 6], [6, 10]])}
+    segments = {"train": torch.tensor([[0, 6], [6, 10]])}           # two rooms, six rows and four
     table = Table(schema, *encode(frame, kinds, schema), seq_len=6, segments=segments)
     return table, table.batch(table.starts("train", 6))
 
@@ -808,12 +814,14 @@ def describe(table, args):
     schema, rows = table.schema, len(table.observed)
     print(f"{args.data}: {rows:,} rows, clock: {', '.join(schema.cycles) or 'none'}")
     print("".join(f"{word:>11}" for word in ("missing", "repaired", "mean", "std", "min", "max")))
+    # statistics of the whole file, in its own units: what one would check by eye
     for j, name in enumerate(schema.numeric):
         repaired, *statistics = table.facts[name]
         print(f"{1 - table.observed[:, j].double().mean():>11.2%}{repaired:>11}"
               + "".join(f"{value:>11.4g}" for value in statistics) + f"   {name}")
     for k, name in enumerate(schema.categorical):
         ids, words = table.categorical[:, k], schema.vocabulary[k]
+        # a column of numbers with too many words among them
         odd = len(words) > 20 and bool(pd.to_numeric(pd.Series(words), errors="coerce").notna().mean() > 0.5)
         print(f"{(ids == MASK_ID).double().mean():>11.2%}   {name}: {len(words)} categories ("
               + ", ".join(words[:6]) + f"), not seen in train: {int((ids == UNK_ID).sum())} rows"
@@ -826,6 +834,7 @@ def describe(table, args):
     for split in ("train", "val", "test"):
         segments = table.segments[split]
         n_rows = int((segments[:, 1] - segments[:, 0]).sum())
+        # side by side: how much there is to see; training draws windows at any offset
         print(f"{split:>11}   {n_rows:,} rows, {len(segments)} sequence(s), "
               f"{len(table.starts(split, table.seq_len)):,} windows of {table.seq_len} rows side by side")
     if "group" not in table.kinds.values():

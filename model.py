@@ -118,7 +118,7 @@ class MLP(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=False)
+        self.fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=False)       # 4: since Vaswani 2017
         self.proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=False)
 
     def forward(self, x):
@@ -327,7 +327,7 @@ def first_non_finite(model, inputs):
     hooks = [module.register_forward_hook(look(name)) for name, module in model.named_modules()]
     with torch.no_grad():
         model(inputs)
-    for hook in hooks:
+    for hook in hooks:                                      # or they would report on every later call
         hook.remove()
     return found[0] if found else None
 
@@ -401,7 +401,7 @@ def bench(compiled, repeats=15):
             start = time.perf_counter()
             work()
             if device == "cuda":
-                torch.cuda.synchronize()
+                torch.cuda.synchronize()                    # a GPU is told what to do, and does it later
             times.append(time.perf_counter() - start)
         return sorted(times[3:])[repeats // 2]              # a mean would count the neighbours' work as ours
 
@@ -416,7 +416,7 @@ def bench(compiled, repeats=15):
             model = torch.compile(raw) if compiled else raw
             optimizer = torch.optim.AdamW(raw.parameters(), fused=True)
             x, known = torch.randn(B, T, N, device=device), torch.rand(B, T, N, device=device) > 0.3
-            ids = torch.zeros(B, T, 0, dtype=torch.long, device=device)
+            ids = torch.zeros(B, T, 0, dtype=torch.long, device=device)         # no categories
             inputs = Inputs(x, ids, known, known, x, ids, torch.zeros(B, T, 4, device=device), None)
 
             def step():

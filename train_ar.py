@@ -47,6 +47,7 @@ def get_parser():
     add_arguments(parser, "planets")
 
     add = parser.add_argument_group("objective").add_argument
+    # who rolls out goes on from its own rows, so training should meet rows that are slightly off
     add("--noise", type=number(float, 0), default=0.05,
         help="on the numbers seen in training, as a share of their step from the row before")
     add("--given", type=size, default=10, help="rows of a test window that a roll-out starts from")
@@ -55,6 +56,7 @@ def get_parser():
     add("--season", type=size, help="a further baseline: the value of so many rows ago (None: without it)")
     add("--forecast", type=size, help="rows to write at the end, those that come next in each sequence ...")
     add("--to", metavar="FILE", help="... to this .csv")
+    # 0.03: at 1 the gradient of the categories drowns that of the places (README)
     add("--category_weight", type=number(float, 0), default=0.03,
         help="of the categorical cells' loss beside the numeric cells'")
 
@@ -96,6 +98,7 @@ def roll_out_windows(table, args):
     single = "group" not in table.kinds.values()            # then the split begins seq_len rows early
     windows = table.starts("test", args.eval_stride or max(1, table.seq_len // 4))
     windows = windows + torch.tensor([table.seq_len - args.given if single else 0, 0])
+    # the last ones may be too near to the end of their sequence to be judged
     return windows[windows[:, 1] - windows[:, 0] >= args.given + max(args.horizons)]
 
 
@@ -103,15 +106,16 @@ def check(args, table):
     """What no flag can know alone."""
     if (args.season or 1) > args.given:
         fail(f"--season {args.season} looks back further than a roll-out's --given {args.given} rows")
+    # a roll-out is judged, so the rows after it must be there; --forecast, further down, is not
     if args.given + max(args.horizons) > table.seq_len or len(roll_out_windows(table, args)) == 0:
         fail(f"--given {args.given} rows and --horizons up to {max(args.horizons)} do not fit into windows "
              f"of {table.seq_len} rows (--seq_len), or into the test split; --given 3 --horizons 3 is less")
     if bool(args.forecast) != bool(args.to):
         fail("--forecast (how many rows) and --to (into which file) go together")
-    if args.forecast:
+    if args.forecast:                       # now, not after minutes of training
         check_target("--to", args.to, args.data)
         for name in [name for name in table.keys if table.kinds[name] == "time"]:
-            step = table.facts[name][2]
+            step = table.facts[name][2]                     # a number or a Timedelta, NaN of a single row
             if not step > 0 * step:
                 fail(f"{args.data}: --forecast cannot go on from {name!r}, whose median step is {step}; does "
                      "another column tell sequences (--group_col) or the time of day apart?")
@@ -127,23 +131,24 @@ def apply_to_file(model, table, means, args):
     schema, steps, learnt = table.schema, args.forecast, table.learnt()
     start, end = table.segments["all"].unbind(1)
     windows = torch.stack([torch.maximum(start, end - table.seq_len), end], dim=1)      # the last of each
-    keys, clock = table.coming(steps)
+    keys, clock = table.coming(steps)                       # a row of keys for each row to come
     parts = [model.rollout(table.batch(w), c, steps) for w, c in zip(windows.split(256), clock.split(256))]
     rows = type(parts[0])(*(torch.cat(x).flatten(0, 1) for x in zip(*parts)))   # (sequences * steps, ...)
     cells, text, N = Cells(table, args), {}, len(schema.numeric)
+    # column by column as the file has them, each in its own manner
     for name, kind in table.kinds.items():
         text[name] = [""] * len(keys)                       # of a column that the model has not seen
         if kind == "time":
             text[name] = cells.stamps(name, keys[name])
             print(f"\n{name} goes on at its median step, {table.facts[name][2]}, "
                   f"from {keys[name].min()} to {keys[name].max()}")
-        elif kind == "group":
+        elif kind == "group":                               # as it is spelt in the last row of its sequence
             text[name] = cells.text[name].to_numpy()[keys.index]
         elif name in schema.numeric + schema.categorical:
-            j = (schema.numeric + schema.categorical).index(name)
-            there = rows.observed[:, j] & learnt[j]
+            j = (schema.numeric + schema.categorical).index(name)           # its place among the F columns
+            there = rows.observed[:, j] & learnt[j]         # a planet that is not there will not come
             values = rows.numeric[:, j] if j < N else rows.categorical[:, j - N]
-            if there.any():
+            if there.any():                                 # else there is no manner to write it in
                 text[name] = np.where(there, cells.like(name, values), "")
     replace_file(args.to, lambda path: cells.write(path, pd.DataFrame(text)))
     print(f"wrote {args.to}: {steps} rows of each of {len(windows)} sequence(s)")
@@ -225,6 +230,7 @@ LOG = ("step", "train", "numeric", "categorical", "val", "lr", "norm", "cells_pe
 
 def move(tensors, device):
     """Inputs or Targets -> the same on the device."""
+    # None: no attention mask was needed
     return type(tensors)(*(t if t is None else t.to(device) for t in tensors))
 
 
@@ -240,6 +246,7 @@ def pencil_error(table, args):
     for case in eval_cases(args):
         inputs, targets = objective(batch, args, generator, case=case)
         score = targets.score[..., :N]                                          # (B, T, N)
+        # the pencil is the model's guess before its first step
         square += torch.where(score, inputs.pencil - targets.numeric, 0.0).square().sum((0, 1))
         count += score.sum((0, 1))
     return (square / count.clamp(min=1)).sqrt().clamp(min=0.01)
@@ -271,13 +278,15 @@ def evaluate(model, table, split, stride, unit, args, device, autocast):
     """
     model.eval()                                    # no dropout, until the next step
     cases, beyond = eval_cases(args), 0
-    errors = [{} for _ in cases]
+    errors = [{} for _ in cases]                    # of each case {method: (2, F)}
+    # float64, for float32 cannot count beyond 16.8 million
     losses, cells = torch.zeros(2), torch.zeros(len(cases), table.observed.shape[1], dtype=torch.float64)
     for i, case in enumerate(cases):
         generator, sums, counts = step_generator(0, i), 0.0, 0.0        # of its own: the same masks always
         for windows in table.starts(split, stride).split(max(1, EVAL_ROWS // table.seq_len)):
             inputs, targets = objective(table.batch(windows), args, generator, case=case)
             inputs, targets = move(inputs, device), move(targets, device)
+            # what was cut to the clip has lost its truth, so it is no question for anyone
             targets, n_outside = within_clip(targets, table.schema.clip)
             with autocast:
                 guess = model(inputs)
@@ -295,7 +304,7 @@ def evaluate(model, table, split, stride, unit, args, device, autocast):
 def judge(errors, cells, schema, numeric=None):
     """Sums of `evaluate` -> {method: {"mse", "mae", "accuracy": the mean of each case}}, None where nothing
     was scored; of the numeric columns only those listed in `numeric`, if any."""
-    N = len(schema.numeric)
+    N = len(schema.numeric)                     # the columns before it have squares, those after it classes
     def mean(sums, columns):                    # over cells: a column full of holes counts for less
         sums, counts = sums[:, columns].sum(1).tolist(), cells[:, columns].sum(1).tolist()
         return [s / c if c else None for s, c in zip(sums, counts)]
@@ -307,8 +316,8 @@ def judge(errors, cells, schema, numeric=None):
 
 def print_table(title, cases, results, measure):
     """A line a method: its means in `cases`, {heading: index}, and, where there are several, over all."""
-    several = len(results["model"][measure]) > 1
-    if any(value is not None for value in results["model"][measure]):
+    several = len(results["model"][measure]) > 1                # the mean of one case says nothing new
+    if any(value is not None for value in results["model"][measure]):           # no categories, no table
         print(f"\n{title:<32}" + "".join(f"{case:>11}" for case in [*cases] + ["mean"] * several))
         for name, means in results.items():
             there = [value for value in means[measure] if value is not None]
@@ -338,7 +347,7 @@ def replace_file(path, write):
 
 def write_log(history, args):
     """log.csv, a row a log step; `val` is the latest evaluation at or before it."""
-    table = pd.DataFrame(history, columns=LOG)
+    table = pd.DataFrame(history, columns=LOG)          # all of it each time: no file of two runs' lines
     replace_file(os.path.join(args.out_dir, "log.csv"), lambda path: table.to_csv(path, index=False))
 
 
@@ -347,6 +356,7 @@ def load_checkpoint(path):
     if not os.path.exists(path):
         fail(f"{path}: no such checkpoint; --resume goes on from an earlier run with the same --out_dir")
     try:
+        # first into main memory: a run that began on a GPU can go on without one
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         keys = {"script", "model", "optimizer", "scaler", "step", "best", "history", "args", "schema"}
         if keys <= set(checkpoint) and checkpoint["script"] == SCRIPT:
@@ -362,6 +372,7 @@ def parse(argv):
     args, checkpoint = parser.parse_args(argv), None    # argv None: the command line
     if args.resume:
         checkpoint = load_checkpoint(os.path.join(args.out_dir, "last.pt"))
+        # all but where it is: a folder may have been moved
         was = {name: value for name, value in checkpoint["args"].items() if name not in ("resume", "out_dir")}
         parser.set_defaults(**was)                      # a flag given now still wins
         args = parser.parse_args(argv)
@@ -392,7 +403,7 @@ def pick_device(args):
 
 def explain(model, micro, windows, table, unit, args, device, autocast):
     """Where a non-finite gradient may come from: lines for stderr."""
-    # what went in: the three columns with the largest numbers, and the row of each
+    # what went in, most often the reason: the three columns with the largest numbers, and the row of each
     numeric = torch.cat([inputs.numeric for inputs, _ in micro]).flatten(0, 1)              # (B*T, N)
     size = torch.where(numeric.isfinite(), numeric.abs(), math.inf)
     for j in size.amax(dim=0).argsort(descending=True)[:3].tolist():
@@ -406,6 +417,7 @@ def explain(model, micro, windows, table, unit, args, device, autocast):
         sum_losses(guess, move(targets, device), unit, args.loss).sum().backward()
     lost = [n for n, p in model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
     yield f"gradients of this batch not finite: {', '.join(lost[:3]) or 'none'} ({len(lost)} parameters)"
+    # what came out of which module: the first in the order of the forward pass
     with autocast:
         first = [first_non_finite(model, move(inputs, device)) for inputs, _ in micro]
     yield f"first output not finite: {next(filter(None, first), 'none, so it is the loss or the way back')}"
@@ -420,7 +432,7 @@ def restore(checkpoint, model, optimizer, scaler, schema, args):
     for name in ("n_layer", "n_head", "n_embd"):        # --n_head changes no weight's shape, yet the model
         if getattr(args, name) != checkpoint["args"][name]:
             fail(f"{path} holds a model of another shape: --{name} must stay {checkpoint['args'][name]}")
-    model.load_state_dict(checkpoint["model"])
+    model.load_state_dict(checkpoint["model"])          # in place: the optimiser holds these tensors
     # what Adam remembers comes from the checkpoint, its settings from the flags
     optimizer.load_state_dict({**optimizer.state_dict(), "state": checkpoint["optimizer"]["state"]})
     if checkpoint["scaler"]:                            # empty unless float16 was used
@@ -436,7 +448,7 @@ def draw_windows(plt, schema, batch, asked, guesses):
     moves = window_scale(batch.numeric, batch.observed[..., :len(names)])[1][0, 0]             # (N,)
     moves = (moves * asked[0, :, :len(names)].any(dim=0)).argsort(descending=True)[:4].tolist()
     panels = [(b, planes) for b in range(len(asked))] if planes else [(0, [(None, names[j])]) for j in moves]
-    n = max(1, len(panels))
+    n = max(1, len(panels))                             # a table without numbers gets an empty picture
     figure, axes = plt.subplots(*((1, n) if planes else (n, 1)), figsize=(9, 3.2 if planes else 1.9 * n),
                                 squeeze=False, sharex=not planes, layout="constrained")
     seen, asked = ((batch.observed & mask)[..., :len(names)].numpy() for mask in (~asked, asked))
@@ -448,6 +460,7 @@ def draw_windows(plt, schema, batch, asked, guesses):
     for axis, (b, curves) in zip(axes.flat, panels):
         for label, numeric, here, look in layers:
             values = schema.decode(numeric[b], batch.categorical[b])            # own units
+            # x over rows, or y over x: dots alone, for a line would claim what lies between
             for across, up in curves:
                 mask = here[b, :, names.index(up)]
                 axis.plot((rows if across is None else values[across])[mask], values[up][mask], ls="",
@@ -466,7 +479,7 @@ def draw_lines(plt, x, lines, **labels):
     """A figure of {name: y} over x, y on a logarithmic scale."""
     figure, axis = plt.subplots(figsize=(7, 4))
     for name, y in lines.items():
-        axis.plot(x, y, marker="." if len(x) < 50 else None, color=COLORS[name], label=name)
+        axis.plot(x, y, marker="." if len(x) < 50 else None, color=COLORS[name], label=name)    # few: dots
     axis.set(yscale="log", **labels)                    # errors differ by factors, not by amounts
     axis.legend(frameon=False)
     return figure
@@ -477,13 +490,16 @@ def conclude(model, table, unit, args, device, autocast, history, facts):
     Returns the mean error of each column in own units, {column: {method: error}}."""
     model.load_state_dict(load_checkpoint(os.path.join(args.out_dir, "best.pt"))["model"])
     stride = args.eval_stride or max(1, table.seq_len // 4)     # windows overlap: each cell is hidden often
+    # what is measured, whatever the objective ...
     _, errors, cells, beyond = evaluate(model, table, "test", stride, unit, args, device, autocast)
     results = {"script": SCRIPT, "data": args.data, **facts, "seed": args.seed}
+    # ... and what this objective makes of it
     kept, (axis, cases, curves), drawn = examine(model, table, errors, cells, args)
     results.update(kept)
     replace_file(os.path.join(args.out_dir, "results.json"),
                  lambda path: Path(path).write_text(json.dumps(results, indent=1)))
 
+    # a squared error in standard deviations means nothing to whoever reads the gauge: back to its units
     schema = table.schema
     print(f"\n{'mean absolute error, own units':<32}" + "".join(f"{name:>11}" for name in errors))
     means, scales = {}, schema.scale + [1.0] * len(schema.categorical)          # {column: {method: error}}
@@ -491,11 +507,13 @@ def conclude(model, table, unit, args, device, autocast, history, facts):
         count = cells[:, j].sum() or math.nan                                   # nan: nothing was scored
         means[name] = {method: float(e[0, :, j].sum() / count) * scale for method, e in errors.items()}
         if count > 0:
+            # a category has no distance to the truth: it is right or wrong
             name, values = name + " (share wrong)" * (j >= len(schema.numeric)), means[name].values()
             print(f"{name:<32}" + "".join(f"{value:>11.4g}" for value in values))
     if beyond:
         print(f"beyond --clip {schema.clip:g} and so scored for nobody, over all windows and rates: {beyond}")
 
+    # pictures last: all that counts is on the screen and on disk by now
     try:
         import matplotlib
         matplotlib.use("Agg")                                       # files, no window
@@ -503,7 +521,7 @@ def conclude(model, table, unit, args, device, autocast, history, facts):
     except ImportError:
         print("no pictures without matplotlib: pip install matplotlib")
         return means
-    steps = [row["step"] for row in history]
+    steps = [row["step"] for row in history]                        # a point a log line
     losses = {name: [row[name] for row in history] for name in ("train", "val")}
     curves = {name: means["mse"] for name, means in curves.items()}
     figures = {
@@ -523,13 +541,14 @@ def main(argv=None):
     # what is to be trained, on what, from which table
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))      # of torchrun
     device, dtype = pick_device(args)
+    # weights stay float32; autocast does matrix products in a shorter type, and what needs range in float32
     autocast = nullcontext() if dtype == "float32" else torch.autocast(device.type, getattr(torch, dtype))
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == "float16")      # else float16 underflows
     table = load_table(args)
     check(args, table)
     schema, n_numeric = asdict(table.schema), len(table.schema.numeric)
     unit = pencil_error(table, args).to(device)                                 # (N,) of the numeric loss
-    weight = torch.tensor([1.0, args.category_weight], device=device)
+    weight = torch.tensor([1.0, args.category_weight], device=device)           # of the two losses
     # the model and its optimiser, new or as they were
     config = Config(n_numeric, table.schema.vocab_sizes(), table.clock.shape[1], table.seq_len,
                     args.n_layer, args.n_head, args.n_embd, args.dropout, CAUSAL)
@@ -541,6 +560,7 @@ def main(argv=None):
     # weight decay draws matrices towards 0, not biases and norms
     groups = [{"params": [p for p in raw.parameters() if p.dim() >= 2], "weight_decay": args.weight_decay},
               {"params": [p for p in raw.parameters() if p.dim() < 2], "weight_decay": 0.0}]
+    # fused: one kernel for all weights; 0.95, not 0.999: a memory of some 20 steps of squared gradients
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=device.type in ("cpu", "cuda"))
     step, best, val, history = 0, math.inf, math.nan, []
     if checkpoint:
@@ -552,7 +572,7 @@ def main(argv=None):
     if world > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         model = torch.nn.parallel.DistributedDataParallel(model)
-    n_params = sum(p.numel() for p in raw.parameters())
+    n_params = sum(p.numel() for p in raw.parameters())             # embeddings and heads included
     if rank == 0:                                       # one process speaks and writes for all
         try:
             os.makedirs(args.out_dir, exist_ok=True)
@@ -583,37 +603,39 @@ def main(argv=None):
         step and the rank alone, so they can be made while a GPU is still at work on the step before."""
         generator = step_generator(args.seed, step, rank)
         windows = [table.sample("train", args.batch_size, generator) for _ in range(args.grad_accum)]
+        # which windows: only for `explain`, should this step fail
         return [objective(table.batch(w), args, generator, step) for w in windows], windows
 
     interrupted, code, ready = False, 0, None
     signal.signal(signal.SIGINT, interrupt)
-    began = since = time.perf_counter()                 # since: the last log line
-    first = logged = step
-    running = torch.zeros(2, device=device)             # losses since the last log line; stay on the device
+    first = logged = step                               # where this run began, and the last log line
+    began = since = time.perf_counter()                 # and when
+    running = torch.zeros(2, device=device)             # losses since then; they stay on the device
     while True:
         # evaluate and save
         if rank == 0 and (step % args.eval_every == 0 or step >= args.max_steps):
             # `raw`, not `model`: no wrapper has a say in what is evaluated, and rank 0 may do it alone
             losses, errors, cells, _ = evaluate(raw, table, "val", table.seq_len, unit, args, device,
                                                 autocast)
-            val = float(losses @ weight.cpu())
+            val = float(losses @ weight.cpu())                  # what the training loss is made of, on val
             if history and history[-1]["step"] == step:
                 history[-1]["val"] = val                        # the row was logged before we knew
+            # errors[1]: squared; of the numeric columns; the mean over the cases
             mse = {m: float((e[1, :, :n_numeric].sum(1) / cells[:, :n_numeric].sum(1).clamp(min=1)).mean())
                    for m, e in errors.items() if n_numeric}
             print(f"step {step:5d} | val loss {val:.4f}, numeric {losses[0]:.4f}, categorical {losses[1]:.4f}"
                   " | mse " + ", ".join(f"{m} {value:.4f}" for m, value in mse.items()))
             if val < best:                                      # never true of a NaN
                 best = val
-                keep("best.pt")
-            keep("last.pt")
+                keep("best.pt")                                 # what is judged at the end
+            keep("last.pt")                                     # what --resume goes on from
         if step >= args.max_steps:
-            code = 130 * interrupted
+            code = 130 * interrupted                            # Ctrl-C during the last step counts
             break
 
         # one optimiser step
         model.train()                                           # dropout is on again
-        for group in optimizer.param_groups:
+        for group in optimizer.param_groups:                    # no scheduler object: a number a step
             group["lr"] = learning_rate(step, args)
         torch.manual_seed(step_generator(args.seed, step, rank).initial_seed())         # for dropout
         micro, windows = ready or prepare(step)
@@ -625,10 +647,12 @@ def main(argv=None):
             model.require_backward_grad_sync = i == len(micro) - 1              # the ranks talk once a step
             with autocast:
                 guess = model(move(inputs, device))
+            # over the count of all micro-batches: they add up to the mean that one big batch would have
             losses = sum_losses(guess, move(targets, device), unit, args.loss) / count[:2].clamp(min=1)
             scaler.scale(losses @ weight * world).backward()    # ranks average, we want the sum
             running += losses.detach()                          # without its graph, which would stay alive
         scaler.unscale_(optimizer)                              # or the clipping would see scaled gradients
+        # one strange batch must not undo the steps before it: a longer gradient is cut to this length
         norm = torch.nn.utils.clip_grad_norm_(raw.parameters(), args.grad_clip or math.inf)
         ready = prepare(step + 1)                               # while a GPU is busy with what it was given
         # The one host sync of a step. The norm is that of the averaged gradients: all ranks stop, or none.
@@ -653,14 +677,15 @@ def main(argv=None):
         if step % args.log_every == 0 or step in (1, args.max_steps):
             if world > 1:
                 dist.all_reduce(running)                        # each rank holds its share of the mean
-            now, n = time.perf_counter(), step - logged
+            now, n = time.perf_counter(), step - logged         # steps since the last line
             # the mean over the steps since then; the loss of a single batch says little
             numeric, categorical = (running / n).tolist()
+            # padding and holes included: what the machine works on
             n_cells = n * world * args.grad_accum * args.batch_size * table.seq_len * table.observed.shape[1]
             minutes = (args.max_steps - step) * (now - began) / (step - first) / 60
             row = dict(zip(LOG, (step, float(running @ weight) / n, numeric, categorical, val, group["lr"],
                                  norm, n_cells / (now - since))))
-            history.append(row)
+            history.append(row)                                 # goes to log.csv at the next evaluation
             if rank == 0:
                 print(f"step {step:5d} | loss {row['train']:.4f}, numeric {numeric:.4f}, categorical "
                       f"{categorical:.4f} | lr {row['lr']:.1e}, norm {norm:.2f}, {row['cells_per_s']:,.0f} "
@@ -673,9 +698,9 @@ def main(argv=None):
 
     # the end: all asked for, stopped by Ctrl-C (130), or not finite (1)
     if code == 130 and rank == 0:
-        keep("last.pt")
+        keep("last.pt")                                         # as of this step, not of the last evaluation
         print(f"stopped at step {step}; go on: python {SCRIPT}.py --resume --out_dir {args.out_dir}")
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGINT, signal.default_int_handler)    # from here on Ctrl-C is what it always was
     if world > 1:
         # Leave together, and the wrapper before its process group: it would take that along while it holds
         # Python's lock, for which the group's own thread waits

@@ -52,12 +52,14 @@ def get_parser():
     add = parser.add_argument_group("objective").add_argument
     add("--mask_prob", type=rate, default=0.3, help="share of the observed cells hidden in training")
     add("--mask_prob_start", type=rate, help="progressive: start here, rise to --mask_prob (None: constant)")
+    # real tables have few holes here and many there, and one model is to fill both
     add("--mask_spread", type=share, default=0.75,
         help="each window draws its own rate, off --mask_prob by up to this share of the way to 0 or 1")
     add("--mask_style", choices=["cell", "span"], default="cell", help="hide single cells or runs of rows")
     add("--mask_span", type=number(float, 1), default=12.0, help="mean rows of a run, for --mask_style span")
     add("--mixup", type=share, default=0.0,
         help="a training window's numbers are up to this share those of another window")
+    # a sentence model meets no [MASK] in use, so BERT shows true words as well; real holes ARE [MASK]
     add("--mask_share", type=share, default=1.0, help="share of the hidden cells shown as [MASK] (BERT: 0.8)")
     add("--random_share", type=share, default=0.0, help="share shown as another value (BERT: 0.1)")
     add("--score", choices=["hidden", "observed"], default="hidden",
@@ -80,6 +82,7 @@ def get_parser():
     add("--max_steps", type=count, default=1200, help="optimiser steps")
     add("--lr", type=number(float, 0), default=2e-3, help="peak learning rate of AdamW")
     add("--min_lr", type=number(float, 0), default=5e-5, help="learning rate at the end of the cosine")
+    # Adam's averages are worth little before they have seen some steps
     add("--warmup_steps", type=count, default=100, help="linear warmup")
     add("--weight_decay", type=number(float, 0), default=0.1, help="of matrices, not of biases and norms")
     add("--grad_clip", type=number(float, 0), default=1.0, help="largest gradient norm (0: any)")
@@ -104,12 +107,13 @@ def check(args, table):
     """What no flag can know alone."""
     if args.mask_share + args.random_share > 1:
         fail(f"--mask_share {args.mask_share} and --random_share {args.random_share} exceed 1 together")
+    # runs of a given mean length leave gaps between them: they cannot hide any share one likes
     rate = max(args.mask_prob, args.mask_prob_start or 0.0)
     highest = max(rate + args.mask_spread * min(rate, 1 - rate), *args.eval_mask_probs)
     if args.mask_style == "span" and highest > 1 - 1 / args.mask_span:
         fail(f"--mask_span {args.mask_span:g} is too short to hide {highest:.0%} of the cells, "
              "which --mask_prob and --mask_spread, or --eval_mask_probs, ask for")
-    if args.fill:
+    if args.fill:                           # now, not after minutes of training
         check_target("--fill", args.fill, args.data)
 
 
@@ -122,28 +126,29 @@ def apply_to_file(model, table, means, args):
         return
     schema, windows = table.schema, max(1, EVAL_ROWS // table.seq_len)
     N, names, learnt = len(schema.numeric), schema.numeric + schema.categorical, table.learnt().tolist()
-    filled = table.numeric.clone(), table.categorical.clone()
+    filled = table.numeric.clone(), table.categorical.clone()                   # (rows, N) and (rows, K)
     for these, owned in zip(*(x.split(windows) for x in table.owners())):
         batch = table.batch(these)
+        # nothing is hidden now: what is not known is not there
         numeric, ids = model.predict(create_inputs(batch, batch.observed, CAUSAL))
         rows = these[:, :1] + torch.arange(table.seq_len)                       # (B, T)
         mine = (rows >= owned[:, :1]) & (rows < owned[:, 1:])       # each row from where it is most central
-        rows = rows[mine]
-        seen = table.observed[rows]
+        rows = rows[mine]                                                       # (n,)
+        seen = table.observed[rows]                                             # (n, F)
         filled[0][rows] = torch.where(seen[:, :N], filled[0][rows], numeric[mine])
         filled[1][rows] = torch.where(seen[:, N:], filled[1][rows], ids[mine].int())
     cells, worse = Cells(table, args), []
     print(f"\n{'filled':<32}{'cells':>11}{'no reading':>11}{'model':>11}{'linear':>11}  (test error)")
     for j, name in enumerate(names):
-        holes = ~table.observed[:, j]
+        holes = ~table.observed[:, j]                                           # (rows,)
         values = (filled[0][:, j] if j < N else filled[1][:, j - N])[holes]
         if learnt[j] and len(values):
             cells.fill(name, holes.numpy(), cells.like(name, values))
             ours, theirs = (means[name][method] for method in ("model", "linear"))
-            worse += [name] * (ours > theirs)
+            worse += [name] * (ours > theirs)               # who fills such a column should know
             repaired = table.facts[name][0] if j < N else 0
             print(f"{name:<32}{len(values):>11,}{repaired:>11,}{ours:>11.4g}{theirs:>11.4g}")
-    unseen = (table.categorical == UNK_ID).sum(dim=0).tolist()
+    unseen = (table.categorical == UNK_ID).sum(dim=0).tolist()                  # K
     for what, which in {
             "interpolation did better on test in": worse,
             "left empty, since the train rows have no value of it": [
@@ -227,6 +232,7 @@ LOG = ("step", "train", "numeric", "categorical", "val", "lr", "norm", "cells_pe
 
 def move(tensors, device):
     """Inputs or Targets -> the same on the device."""
+    # None: no attention mask was needed
     return type(tensors)(*(t if t is None else t.to(device) for t in tensors))
 
 
@@ -242,6 +248,7 @@ def pencil_error(table, args):
     for case in eval_cases(args):
         inputs, targets = objective(batch, args, generator, case=case)
         score = targets.score[..., :N]                                          # (B, T, N)
+        # the pencil is the model's guess before its first step
         square += torch.where(score, inputs.pencil - targets.numeric, 0.0).square().sum((0, 1))
         count += score.sum((0, 1))
     return (square / count.clamp(min=1)).sqrt().clamp(min=0.01)
@@ -273,13 +280,15 @@ def evaluate(model, table, split, stride, unit, args, device, autocast):
     """
     model.eval()                                    # no dropout, until the next step
     cases, beyond = eval_cases(args), 0
-    errors = [{} for _ in cases]
+    errors = [{} for _ in cases]                    # of each case {method: (2, F)}
+    # float64, for float32 cannot count beyond 16.8 million
     losses, cells = torch.zeros(2), torch.zeros(len(cases), table.observed.shape[1], dtype=torch.float64)
     for i, case in enumerate(cases):
         generator, sums, counts = step_generator(0, i), 0.0, 0.0        # of its own: the same masks always
         for windows in table.starts(split, stride).split(max(1, EVAL_ROWS // table.seq_len)):
             inputs, targets = objective(table.batch(windows), args, generator, case=case)
             inputs, targets = move(inputs, device), move(targets, device)
+            # what was cut to the clip has lost its truth, so it is no question for anyone
             targets, n_outside = within_clip(targets, table.schema.clip)
             with autocast:
                 guess = model(inputs)
@@ -297,7 +306,7 @@ def evaluate(model, table, split, stride, unit, args, device, autocast):
 def judge(errors, cells, schema, numeric=None):
     """Sums of `evaluate` -> {method: {"mse", "mae", "accuracy": the mean of each case}}, None where nothing
     was scored; of the numeric columns only those listed in `numeric`, if any."""
-    N = len(schema.numeric)
+    N = len(schema.numeric)                     # the columns before it have squares, those after it classes
     def mean(sums, columns):                    # over cells: a column full of holes counts for less
         sums, counts = sums[:, columns].sum(1).tolist(), cells[:, columns].sum(1).tolist()
         return [s / c if c else None for s, c in zip(sums, counts)]
@@ -309,8 +318,8 @@ def judge(errors, cells, schema, numeric=None):
 
 def print_table(title, cases, results, measure):
     """A line a method: its means in `cases`, {heading: index}, and, where there are several, over all."""
-    several = len(results["model"][measure]) > 1
-    if any(value is not None for value in results["model"][measure]):
+    several = len(results["model"][measure]) > 1                # the mean of one case says nothing new
+    if any(value is not None for value in results["model"][measure]):           # no categories, no table
         print(f"\n{title:<32}" + "".join(f"{case:>11}" for case in [*cases] + ["mean"] * several))
         for name, means in results.items():
             there = [value for value in means[measure] if value is not None]
@@ -340,7 +349,7 @@ def replace_file(path, write):
 
 def write_log(history, args):
     """log.csv, a row a log step; `val` is the latest evaluation at or before it."""
-    table = pd.DataFrame(history, columns=LOG)
+    table = pd.DataFrame(history, columns=LOG)          # all of it each time: no file of two runs' lines
     replace_file(os.path.join(args.out_dir, "log.csv"), lambda path: table.to_csv(path, index=False))
 
 
@@ -349,6 +358,7 @@ def load_checkpoint(path):
     if not os.path.exists(path):
         fail(f"{path}: no such checkpoint; --resume goes on from an earlier run with the same --out_dir")
     try:
+        # first into main memory: a run that began on a GPU can go on without one
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         keys = {"script", "model", "optimizer", "scaler", "step", "best", "history", "args", "schema"}
         if keys <= set(checkpoint) and checkpoint["script"] == SCRIPT:
@@ -364,6 +374,7 @@ def parse(argv):
     args, checkpoint = parser.parse_args(argv), None    # argv None: the command line
     if args.resume:
         checkpoint = load_checkpoint(os.path.join(args.out_dir, "last.pt"))
+        # all but where it is: a folder may have been moved
         was = {name: value for name, value in checkpoint["args"].items() if name not in ("resume", "out_dir")}
         parser.set_defaults(**was)                      # a flag given now still wins
         args = parser.parse_args(argv)
@@ -394,7 +405,7 @@ def pick_device(args):
 
 def explain(model, micro, windows, table, unit, args, device, autocast):
     """Where a non-finite gradient may come from: lines for stderr."""
-    # what went in: the three columns with the largest numbers, and the row of each
+    # what went in, most often the reason: the three columns with the largest numbers, and the row of each
     numeric = torch.cat([inputs.numeric for inputs, _ in micro]).flatten(0, 1)              # (B*T, N)
     size = torch.where(numeric.isfinite(), numeric.abs(), math.inf)
     for j in size.amax(dim=0).argsort(descending=True)[:3].tolist():
@@ -408,6 +419,7 @@ def explain(model, micro, windows, table, unit, args, device, autocast):
         sum_losses(guess, move(targets, device), unit, args.loss).sum().backward()
     lost = [n for n, p in model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
     yield f"gradients of this batch not finite: {', '.join(lost[:3]) or 'none'} ({len(lost)} parameters)"
+    # what came out of which module: the first in the order of the forward pass
     with autocast:
         first = [first_non_finite(model, move(inputs, device)) for inputs, _ in micro]
     yield f"first output not finite: {next(filter(None, first), 'none, so it is the loss or the way back')}"
@@ -422,7 +434,7 @@ def restore(checkpoint, model, optimizer, scaler, schema, args):
     for name in ("n_layer", "n_head", "n_embd"):        # --n_head changes no weight's shape, yet the model
         if getattr(args, name) != checkpoint["args"][name]:
             fail(f"{path} holds a model of another shape: --{name} must stay {checkpoint['args'][name]}")
-    model.load_state_dict(checkpoint["model"])
+    model.load_state_dict(checkpoint["model"])          # in place: the optimiser holds these tensors
     # what Adam remembers comes from the checkpoint, its settings from the flags
     optimizer.load_state_dict({**optimizer.state_dict(), "state": checkpoint["optimizer"]["state"]})
     if checkpoint["scaler"]:                            # empty unless float16 was used
@@ -438,7 +450,7 @@ def draw_windows(plt, schema, batch, asked, guesses):
     moves = window_scale(batch.numeric, batch.observed[..., :len(names)])[1][0, 0]             # (N,)
     moves = (moves * asked[0, :, :len(names)].any(dim=0)).argsort(descending=True)[:4].tolist()
     panels = [(b, planes) for b in range(len(asked))] if planes else [(0, [(None, names[j])]) for j in moves]
-    n = max(1, len(panels))
+    n = max(1, len(panels))                             # a table without numbers gets an empty picture
     figure, axes = plt.subplots(*((1, n) if planes else (n, 1)), figsize=(9, 3.2 if planes else 1.9 * n),
                                 squeeze=False, sharex=not planes, layout="constrained")
     seen, asked = ((batch.observed & mask)[..., :len(names)].numpy() for mask in (~asked, asked))
@@ -450,6 +462,7 @@ def draw_windows(plt, schema, batch, asked, guesses):
     for axis, (b, curves) in zip(axes.flat, panels):
         for label, numeric, here, look in layers:
             values = schema.decode(numeric[b], batch.categorical[b])            # own units
+            # x over rows, or y over x: dots alone, for a line would claim what lies between
             for across, up in curves:
                 mask = here[b, :, names.index(up)]
                 axis.plot((rows if across is None else values[across])[mask], values[up][mask], ls="",
@@ -468,7 +481,7 @@ def draw_lines(plt, x, lines, **labels):
     """A figure of {name: y} over x, y on a logarithmic scale."""
     figure, axis = plt.subplots(figsize=(7, 4))
     for name, y in lines.items():
-        axis.plot(x, y, marker="." if len(x) < 50 else None, color=COLORS[name], label=name)
+        axis.plot(x, y, marker="." if len(x) < 50 else None, color=COLORS[name], label=name)    # few: dots
     axis.set(yscale="log", **labels)                    # errors differ by factors, not by amounts
     axis.legend(frameon=False)
     return figure
@@ -479,13 +492,16 @@ def conclude(model, table, unit, args, device, autocast, history, facts):
     Returns the mean error of each column in own units, {column: {method: error}}."""
     model.load_state_dict(load_checkpoint(os.path.join(args.out_dir, "best.pt"))["model"])
     stride = args.eval_stride or max(1, table.seq_len // 4)     # windows overlap: each cell is hidden often
+    # what is measured, whatever the objective ...
     _, errors, cells, beyond = evaluate(model, table, "test", stride, unit, args, device, autocast)
     results = {"script": SCRIPT, "data": args.data, **facts, "seed": args.seed}
+    # ... and what this objective makes of it
     kept, (axis, cases, curves), drawn = examine(model, table, errors, cells, args)
     results.update(kept)
     replace_file(os.path.join(args.out_dir, "results.json"),
                  lambda path: Path(path).write_text(json.dumps(results, indent=1)))
 
+    # a squared error in standard deviations means nothing to whoever reads the gauge: back to its units
     schema = table.schema
     print(f"\n{'mean absolute error, own units':<32}" + "".join(f"{name:>11}" for name in errors))
     means, scales = {}, schema.scale + [1.0] * len(schema.categorical)          # {column: {method: error}}
@@ -493,11 +509,13 @@ def conclude(model, table, unit, args, device, autocast, history, facts):
         count = cells[:, j].sum() or math.nan                                   # nan: nothing was scored
         means[name] = {method: float(e[0, :, j].sum() / count) * scale for method, e in errors.items()}
         if count > 0:
+            # a category has no distance to the truth: it is right or wrong
             name, values = name + " (share wrong)" * (j >= len(schema.numeric)), means[name].values()
             print(f"{name:<32}" + "".join(f"{value:>11.4g}" for value in values))
     if beyond:
         print(f"beyond --clip {schema.clip:g} and so scored for nobody, over all windows and rates: {beyond}")
 
+    # pictures last: all that counts is on the screen and on disk by now
     try:
         import matplotlib
         matplotlib.use("Agg")                                       # files, no window
@@ -505,7 +523,7 @@ def conclude(model, table, unit, args, device, autocast, history, facts):
     except ImportError:
         print("no pictures without matplotlib: pip install matplotlib")
         return means
-    steps = [row["step"] for row in history]
+    steps = [row["step"] for row in history]                        # a point a log line
     losses = {name: [row[name] for row in history] for name in ("train", "val")}
     curves = {name: means["mse"] for name, means in curves.items()}
     figures = {
@@ -525,13 +543,14 @@ def main(argv=None):
     # what is to be trained, on what, from which table
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))      # of torchrun
     device, dtype = pick_device(args)
+    # weights stay float32; autocast does matrix products in a shorter type, and what needs range in float32
     autocast = nullcontext() if dtype == "float32" else torch.autocast(device.type, getattr(torch, dtype))
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == "float16")      # else float16 underflows
     table = load_table(args)
     check(args, table)
     schema, n_numeric = asdict(table.schema), len(table.schema.numeric)
     unit = pencil_error(table, args).to(device)                                 # (N,) of the numeric loss
-    weight = torch.tensor([1.0, args.category_weight], device=device)
+    weight = torch.tensor([1.0, args.category_weight], device=device)           # of the two losses
     # the model and its optimiser, new or as they were
     config = Config(n_numeric, table.schema.vocab_sizes(), table.clock.shape[1], table.seq_len,
                     args.n_layer, args.n_head, args.n_embd, args.dropout, CAUSAL)
@@ -543,6 +562,7 @@ def main(argv=None):
     # weight decay draws matrices towards 0, not biases and norms
     groups = [{"params": [p for p in raw.parameters() if p.dim() >= 2], "weight_decay": args.weight_decay},
               {"params": [p for p in raw.parameters() if p.dim() < 2], "weight_decay": 0.0}]
+    # fused: one kernel for all weights; 0.95, not 0.999: a memory of some 20 steps of squared gradients
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=device.type in ("cpu", "cuda"))
     step, best, val, history = 0, math.inf, math.nan, []
     if checkpoint:
@@ -554,7 +574,7 @@ def main(argv=None):
     if world > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         model = torch.nn.parallel.DistributedDataParallel(model)
-    n_params = sum(p.numel() for p in raw.parameters())
+    n_params = sum(p.numel() for p in raw.parameters())             # embeddings and heads included
     if rank == 0:                                       # one process speaks and writes for all
         try:
             os.makedirs(args.out_dir, exist_ok=True)
@@ -585,37 +605,39 @@ def main(argv=None):
         step and the rank alone, so they can be made while a GPU is still at work on the step before."""
         generator = step_generator(args.seed, step, rank)
         windows = [table.sample("train", args.batch_size, generator) for _ in range(args.grad_accum)]
+        # which windows: only for `explain`, should this step fail
         return [objective(table.batch(w), args, generator, step) for w in windows], windows
 
     interrupted, code, ready = False, 0, None
     signal.signal(signal.SIGINT, interrupt)
-    began = since = time.perf_counter()                 # since: the last log line
-    first = logged = step
-    running = torch.zeros(2, device=device)             # losses since the last log line; stay on the device
+    first = logged = step                               # where this run began, and the last log line
+    began = since = time.perf_counter()                 # and when
+    running = torch.zeros(2, device=device)             # losses since then; they stay on the device
     while True:
         # evaluate and save
         if rank == 0 and (step % args.eval_every == 0 or step >= args.max_steps):
             # `raw`, not `model`: no wrapper has a say in what is evaluated, and rank 0 may do it alone
             losses, errors, cells, _ = evaluate(raw, table, "val", table.seq_len, unit, args, device,
                                                 autocast)
-            val = float(losses @ weight.cpu())
+            val = float(losses @ weight.cpu())                  # what the training loss is made of, on val
             if history and history[-1]["step"] == step:
                 history[-1]["val"] = val                        # the row was logged before we knew
+            # errors[1]: squared; of the numeric columns; the mean over the cases
             mse = {m: float((e[1, :, :n_numeric].sum(1) / cells[:, :n_numeric].sum(1).clamp(min=1)).mean())
                    for m, e in errors.items() if n_numeric}
             print(f"step {step:5d} | val loss {val:.4f}, numeric {losses[0]:.4f}, categorical {losses[1]:.4f}"
                   " | mse " + ", ".join(f"{m} {value:.4f}" for m, value in mse.items()))
             if val < best:                                      # never true of a NaN
                 best = val
-                keep("best.pt")
-            keep("last.pt")
+                keep("best.pt")                                 # what is judged at the end
+            keep("last.pt")                                     # what --resume goes on from
         if step >= args.max_steps:
-            code = 130 * interrupted
+            code = 130 * interrupted                            # Ctrl-C during the last step counts
             break
 
         # one optimiser step
         model.train()                                           # dropout is on again
-        for group in optimizer.param_groups:
+        for group in optimizer.param_groups:                    # no scheduler object: a number a step
             group["lr"] = learning_rate(step, args)
         torch.manual_seed(step_generator(args.seed, step, rank).initial_seed())         # for dropout
         micro, windows = ready or prepare(step)
@@ -627,10 +649,12 @@ def main(argv=None):
             model.require_backward_grad_sync = i == len(micro) - 1              # the ranks talk once a step
             with autocast:
                 guess = model(move(inputs, device))
+            # over the count of all micro-batches: they add up to the mean that one big batch would have
             losses = sum_losses(guess, move(targets, device), unit, args.loss) / count[:2].clamp(min=1)
             scaler.scale(losses @ weight * world).backward()    # ranks average, we want the sum
             running += losses.detach()                          # without its graph, which would stay alive
         scaler.unscale_(optimizer)                              # or the clipping would see scaled gradients
+        # one strange batch must not undo the steps before it: a longer gradient is cut to this length
         norm = torch.nn.utils.clip_grad_norm_(raw.parameters(), args.grad_clip or math.inf)
         ready = prepare(step + 1)                               # while a GPU is busy with what it was given
         # The one host sync of a step. The norm is that of the averaged gradients: all ranks stop, or none.
@@ -655,14 +679,15 @@ def main(argv=None):
         if step % args.log_every == 0 or step in (1, args.max_steps):
             if world > 1:
                 dist.all_reduce(running)                        # each rank holds its share of the mean
-            now, n = time.perf_counter(), step - logged
+            now, n = time.perf_counter(), step - logged         # steps since the last line
             # the mean over the steps since then; the loss of a single batch says little
             numeric, categorical = (running / n).tolist()
+            # padding and holes included: what the machine works on
             n_cells = n * world * args.grad_accum * args.batch_size * table.seq_len * table.observed.shape[1]
             minutes = (args.max_steps - step) * (now - began) / (step - first) / 60
             row = dict(zip(LOG, (step, float(running @ weight) / n, numeric, categorical, val, group["lr"],
                                  norm, n_cells / (now - since))))
-            history.append(row)
+            history.append(row)                                 # goes to log.csv at the next evaluation
             if rank == 0:
                 print(f"step {step:5d} | loss {row['train']:.4f}, numeric {numeric:.4f}, categorical "
                       f"{categorical:.4f} | lr {row['lr']:.1e}, norm {norm:.2f}, {row['cells_per_s']:,.0f} "
@@ -675,9 +700,9 @@ def main(argv=None):
 
     # the end: all asked for, stopped by Ctrl-C (130), or not finite (1)
     if code == 130 and rank == 0:
-        keep("last.pt")
+        keep("last.pt")                                         # as of this step, not of the last evaluation
         print(f"stopped at step {step}; go on: python {SCRIPT}.py --resume --out_dir {args.out_dir}")
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGINT, signal.default_int_handler)    # from here on Ctrl-C is what it always was
     if world > 1:
         # Leave together, and the wrapper before its process group: it would take that along while it holds
         # Python's lock, for which the group's own thread waits
