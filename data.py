@@ -294,6 +294,8 @@ def read_table(source, read_csv=None, as_text=False):
         ragged = not plain and not read_csv and not source.endswith(".parquet")    # more fields than names
         table = table if plain else table.reset_index()         # where a parquet file keeps its dates
         table.columns = [str(name) for name in table.columns]
+        for name in table.select_dtypes("timedelta"):           # a duration is a number, of seconds
+            table[name] = table[name].dt.total_seconds()
     except FileNotFoundError:
         fail(f"{source}: no such file (--data takes a path or one of: {', '.join(SIMULATIONS)})")
     except Exception as e:      # foreign files and options raise anything: half a .gz, no pyarrow ...
@@ -402,8 +404,6 @@ def numbers(column):
     """A column as float64, NaN where it is missing, no number, infinite or a sentinel; and how many were the
     latter three. The test is made in float64: in float32 -1.18e42 is -inf already, and nobody could tell."""
     missing = column.isna().to_numpy()                      # (rows,), what the file itself calls missing
-    if column.dtype.kind == "m":
-        column = column.dt.total_seconds()                  # a duration
     x = pd.to_numeric(column, errors="coerce").to_numpy(dtype=np.float64, na_value=np.nan, copy=True)
     x[~(np.abs(x) <= SENTINEL)] = np.nan                    # `not <=` catches nan, inf and sentinel in one go
     return x, int((np.isnan(x) & ~missing).sum())

@@ -1204,7 +1204,9 @@ def test_what_broke_in_real_exports(content, flags, tmp_path):
 
 def test_parquet_is_filled_into_a_csv(toy_csv, tmp_path):
     pytest.importorskip("pyarrow")
-    frame = toy().set_index("date").assign(whole=pd.array([3, None] * 200, dtype="Int64"))
+    seconds = pd.Series(np.arange(400) % 7 + 0.5).mask(np.arange(400) % 5 == 2).to_numpy()
+    frame = toy().set_index("date").assign(whole=pd.array([3, None] * 200, dtype="Int64"),
+                                           spent=pd.to_timedelta(seconds, unit="s"))
     frame.to_parquet(tmp_path / "toy.parquet")
     train(tmp_path / "toy.parquet", tmp_path / "out", "--fill", str(tmp_path / "filled.csv"))
     filled = pd.read_csv(tmp_path / "filled.csv", parse_dates=["date"])
@@ -1212,6 +1214,7 @@ def test_parquet_is_filled_into_a_csv(toy_csv, tmp_path):
     assert (filled["date"].to_numpy() == frame.index.to_numpy()).all()
     there = frame["wave"].notna().to_numpy()
     assert np.array_equal(filled["wave"][there], frame["wave"][there])
+    assert (filled["spent"] == seconds)[~np.isnan(seconds)].all()               # durations, in seconds
 
 
 def test_each_hole_is_filled_from_the_window_in_which_it_is_most_central():
