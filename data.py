@@ -264,7 +264,8 @@ def text_options(options):
     """Options for pandas.read_csv that leave every cell as it is written, "" where it is empty."""
     # all but what turns text into something else: separators, headers, encodings still hold
     typed = ("dtype", "na_values", "parse_dates", "converters", "decimal", "true_values", "false_values")
-    return {key: options[key] for key in options if key not in typed} | {"dtype": str, "na_filter": False}
+    kept = {key: value for key, value in options.items() if key not in typed and value != "pyarrow"}
+    return kept | {"dtype": str, "na_filter": False}        # which the engine of pyarrow cannot do
 
 
 def read_table(source, read_csv=None, as_text=False):

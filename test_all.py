@@ -1217,6 +1217,13 @@ def test_parquet_is_filled_into_a_csv(toy_csv, tmp_path):
     assert (filled["spent"] == seconds)[~np.isnan(seconds)].all()               # durations, in seconds
 
 
+def test_a_file_read_by_the_engine_of_pyarrow_is_filled_as_well(tmp_path):
+    pytest.importorskip("pyarrow")
+    (tmp_path / "in.csv").write_text("x,y\n" + "1,02\n,\n" * 60)
+    train(tmp_path / "in.csv", tmp_path, "--read_csv", "engine=pyarrow", "--fill", str(tmp_path / "out.csv"))
+    assert (tmp_path / "out.csv").read_text() == "x,y\n" + "1,02\n" * 120
+
+
 def test_each_hole_is_filled_from_the_window_in_which_it_is_most_central():
     frame = pd.DataFrame({"g": np.repeat(list("abcdef"), [3, 40, 16, 77, 17, 1]), "x": np.arange(154.0)})
     table = load_table(data_args("--group_col", "g", "--seq_len", 16), frame)
