@@ -76,7 +76,8 @@ def simulate_sensors(n_rows=40_000, seed=0):
     t = np.arange(n_rows)
 
     def noise(scale, tau=0.01):
-        """Noise of standard deviation `scale` that forgets itself over tau rows (an AR(1) process)."""
+        """Noise of standard deviation `scale` that forgets itself over tau rows (an AR(1) process); 0.01: at
+        once, white noise."""
         burn_in, decay = int(8 * tau), np.exp(-1 / tau)
         white = rng.standard_normal(n_rows + burn_in)
         return scale * np.sqrt((1 + decay) / (1 - decay)) * lagged(white, tau)[burn_in:]
@@ -188,11 +189,11 @@ def simulate_systems(n, seed=0):
     rng, i, spare = np.random.default_rng(seed), np.arange(5)[:, None], n + n // 20 + 10
     count, rows = rng.integers(2, 6, spare), rng.integers(30, 60, spare)
     here = i < count                                                            # (5, spare), as most below
-    order = np.where(here, rng.random((5, spare)), 2).argsort(axis=0)       # planet 0 is not the innermost
+    order = np.where(here, rng.random((5, spare)), 2).argsort(axis=0)       # planet 0 need not be innermost
     axis = np.where(here, 1 + (rng.uniform(1.5, 3, spare) - 1) * i / (count - 1), 30 + i)
     axis = np.take_along_axis(axis, order, axis=0)
     mass, eccentricity = rng.uniform(1e-5, 5e-5, (5, spare)) * here, rng.uniform(0, 0.1, (5, spare))
-    anomaly = rng.uniform(0, 2 * np.pi, (5, spare)) * (rng.random(spare) >= 0.3)    # or all on one side
+    anomaly = rng.uniform(0, 2 * np.pi, (5, spare)) * (rng.random(spare) >= 0.3)    # 30 %: all start at +x
     # place and velocity on a Kepler ellipse at this true anomaly; p is its semi-latus rectum
     p = axis * (1 - eccentricity ** 2)
     x = p / (1 + eccentricity * np.cos(anomaly)) * np.stack([np.cos(anomaly), np.sin(anomaly)])
@@ -202,7 +203,8 @@ def simulate_systems(n, seed=0):
     x, v = (z - (m * z).sum(1, keepdims=True) / m.sum(0) for z in (x, v))
     # a planet at distance 1 goes round in 2 pi, so two to four times; `rows` rows divide that evenly
     x, v = integrate(x, v, m, rng.uniform(15, 24, spare) / (rows - 1), samples=59)
-    # where planets meet, the steps are too long for the energy to stay what it was: such systems are left out
+    # where planets meet, the steps are too long for the energy to stay what it was: such systems are left
+    # out, and those that throw a planet far away
     total = np.stack([energy(*moment, m) for moment in zip(x, v)])              # (59, systems)
     lost = (np.abs(x[:, :, 1:]) > 10).any(1) & here                             # (59, 5, systems)
     bad = (np.abs(total / total[0] - 1) > 1e-6) | lost.any(1)
@@ -264,8 +266,9 @@ def text_options(options):
     """Options for pandas.read_csv that leave every cell as it is written, "" where it is empty."""
     # all but what turns text into something else: separators, headers, encodings still hold
     typed = ("dtype", "na_values", "parse_dates", "converters", "decimal", "true_values", "false_values")
+    # the engine of pyarrow knows no na_filter
     kept = {key: value for key, value in options.items() if key not in typed and value != "pyarrow"}
-    return kept | {"dtype": str, "na_filter": False}        # which the engine of pyarrow cannot do
+    return kept | {"dtype": str, "na_filter": False}
 
 
 def read_table(source, read_csv=None, as_text=False):
@@ -310,7 +313,7 @@ def read_table(source, read_csv=None, as_text=False):
     if len(table) == 0:
         fail(f"{source}: the table has no rows")
     if table.shape[1] == 1 and "skip_blank_lines" not in options and source.endswith((".csv", ".csv.gz")):
-        return read_table(source, f"{read_csv or ''} skip_blank_lines=False", as_text)   # here they are holes
+        return read_table(source, f"{read_csv or ''} skip_blank_lines=False", as_text)   # blank: a hole
     if not table.columns.is_unique:
         fail(f"{source}: several columns are called {table.columns[table.columns.duplicated()][0]!r}")
     if ragged or table.shape[1] == 1 and set(table.columns[0]) & set(";\t|"):
@@ -350,12 +353,12 @@ def as_time(column):
 def infer_kind(column, source):
     """"numeric", "categorical", "time" or "dropped: why", from the values of one column."""
     if pd.api.types.infer_dtype(column, skipna=True) in ("boolean", "categorical"):
-        return "categorical"                                # to pandas, True with holes is any object
+        return "categorical"                                # True with holes has dtype object, not bool
     if not pd.api.types.is_datetime64_any_dtype(column):
         numeric = pd.to_numeric(column, errors="coerce").notna().sum()
         if numeric >= 0.9 * column.notna().sum():           # a "Bad" among numbers is a missing number
             return "numeric"
-    # pandas takes "M3" and "may" for dates as well: we want to see one, and all of them to be one
+    # pandas reads "M3" and "may" as dates, too: 9 of 10 words must look like one, and all must parse
     words = column.dropna().astype(str).drop_duplicates()
     dates = words.str.contains(DATE)
     if dates.mean() >= 0.9:
@@ -403,7 +406,7 @@ def infer_kinds(table, args):
 
 def numbers(column):
     """A column as float64, NaN where it is missing, no number, infinite or a sentinel; and how many were the
-    latter three. The test is made in float64: in float32 -1.18e42 is -inf already, and nobody could tell."""
+    latter three. In float64, since in float32 -1.18e42 is beyond its range, and large numbers lose digits."""
     missing = column.isna().to_numpy()                      # (rows,), what the file itself calls missing
     x = pd.to_numeric(column, errors="coerce").to_numpy(dtype=np.float64, na_value=np.nan, copy=True)
     x[~(np.abs(x) <= SENTINEL)] = np.nan                    # `not <=` catches nan, inf and sentinel in one go
@@ -551,7 +554,7 @@ class Table:
     def coming(self, steps):
         """The keys of the rows that come next, `steps` for each sequence, the time column continued at its
         median step; and their clock, (sequences, steps, C)."""
-        # of each sequence the last row, so many times, and then another time in it
+        # the last row of each sequence, `steps` times; then its time, moved on
         keys = self.keys.iloc[(self.segments["all"][:, 1] - 1).repeat_interleave(steps)]
         for name in [name for name in keys if self.kinds[name] == "time"]:
             # its latest stamp, not that of its last row: rows without one are sorted to the end
@@ -572,7 +575,7 @@ def encode(table, kinds, schema):
     numeric = np.zeros((n_rows, n_numeric), np.float32)
     categorical = np.zeros((n_rows, n_categorical), np.int32)
     observed = np.zeros((n_rows, n_numeric + n_categorical), bool)
-    facts = {}                                              # for `describe`; the model knows none of it
+    facts = {}                                              # to be printed; --forecast goes on by the step
     for j, name in enumerate(schema.numeric):
         x, repaired = numbers(table.pop(name))              # the last place where a cell is NaN
         observed[:, j] = ~np.isnan(x)
@@ -588,7 +591,7 @@ def encode(table, kinds, schema):
     clock = np.zeros((n_rows, 0), np.float32)
     keys = table[[name for name in kinds if kinds[name] in ("group", "time")]]
     for name in [name for name in keys if kinds[name] == "time"]:
-        groups = [keys[other] for other in keys if other != name]       # no step leads into another
+        groups = [keys[other] for other in keys if other != name]       # no step from one to the next
         steps = (keys[name].groupby(groups, dropna=False) if groups else keys[name]).diff()
         facts[name] = [keys[name].min(), keys[name].max(), steps.median(), int((steps == 0 * steps).sum())]
         if schema.cycles:
@@ -648,7 +651,7 @@ def load_table(args, table=None):
     if "group" in kinds.values():
         table[by[0]] = labels(table[by[0]])                                     # mixed types do not sort
     if by:
-        table = table.sort_values(by, kind="stable")        # equal times keep their order; the index tells it
+        table = table.sort_values(by, kind="stable")        # equal times keep their order; index: row of file
     lengths = np.array([len(table)])
     if "group" in kinds.values():
         lengths = table.groupby(by[0], dropna=False).size().to_numpy()          # in the same, sorted order
@@ -665,7 +668,7 @@ def load_table(args, table=None):
 
 def check_target(flag, path, source):
     """Before minutes of training: can `path` be written, and is it another file than the one that is read?"""
-    folder = os.path.dirname(path) or "."               # written beside, then renamed: a right of the folder
+    folder = os.path.dirname(path) or "."               # path.tmp is renamed: the folder must allow it
     if os.path.isdir(path) or not os.access(folder, os.W_OK):
         fail(f"{flag} {path} cannot be written: {folder} must be a folder that may be written to")
     if os.path.exists(path) and os.path.exists(source) and os.path.samefile(path, source):
@@ -686,7 +689,7 @@ class Cells:
         self.encoding = self.options.get("encoding", "utf-8")
         renamed = {"header", "names", "usecols", "index_col"} & {*self.options}
         if os.path.exists(args.data) and not args.data.endswith(".parquet") and not renamed:
-            # pandas renames columns that are called alike or not at all, and hides the mark Excel asks for
+            # pandas renames columns that are called alike or not at all, and hides Excel's byte order mark
             options = text_options(self.options) | {"header": None, "nrows": 1}
             options.pop("skipfooter", None)                     # which does not go with nrows
             self.header = dict(zip(self.text, pd.read_csv(args.data, **options).iloc[0]))
@@ -838,7 +841,7 @@ def describe(table, args):
         # side by side: how much there is to see; training draws windows at any offset
         print(f"{split:>11}   {n_rows:,} rows, {len(segments)} sequence(s), "
               f"{len(table.starts(split, table.seq_len)):,} windows of {table.seq_len} rows side by side")
-    if "group" not in table.kinds.values():
+    if len(table.segments["all"]) == 1:                     # as split_rows has it
         print(f"windows of val and test may begin up to {table.seq_len} rows early; these rows count twice")
 
 

@@ -122,8 +122,8 @@ def bert_style_masking(numeric, categorical, observed, hidden, generator, mask_s
 
 def mix_up(batch, most, generator):
     """The Batch with each window's numbers mixed, up to the share `most`, with those of another window of the
-    batch (Zhang 2018). How columns hang together holds in a mixture, and no mixture comes twice, so that none
-    is learnt by heart. A number that is missing in either window is missing; categories and clock stay.
+    batch (Zhang 2018). What ties columns linearly holds in a mixture, and no mixture comes twice, so none is
+    learnt by heart. A number that is missing in either window is missing; categories and clock stay.
     most 0: the batch as it is, and nothing is drawn.
     """
     if not most:

@@ -37,7 +37,7 @@ import torch.nn.functional as F
 
 from masking import Inputs, Targets, create_inputs, create_masks, pencil_in
 
-TRUST = 5.0     # log-odds of the pencilled-in category before anything is learned
+TRUST = 5.0     # lead of the pencilled-in category's logit before anything is learned
 
 
 @dataclass
@@ -107,7 +107,8 @@ class SelfAttention(nn.Module):
         q, k, v = *rotate(qk, cos, sin).unbind(dim=2), v.squeeze(2)             # (B, T, nh, hs) each
         # heads before rows: given (B, T, nh, hs) the kernel would attend over the heads, without complaint
         q, k, v = (z.transpose(1, 2) for z in (q, k, v))                        # (B, nh, T, hs)
-        # fused softmax(q k^T) v that never holds the T x T weights (Dao 2022); dropout only while training
+        # fused softmax(q k^T) v that never holds the T x T weights (Dao 2022); dropout only while training;
+        # a mask or is_causal, never both: create_inputs gives a causal model no mask
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=attend, is_causal=self.causal,
                                            dropout_p=self.dropout if self.training else 0.0)
         return self.proj(y.transpose(1, 2).reshape(B, T, D))                    # (B, T, D)
@@ -220,7 +221,7 @@ class TableTransformer(nn.Module):
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
         for name, p in self.named_parameters():
-            if p.dim() == 2:            # a block adds to the stream twice: smaller weights keep its size
+            if p.dim() == 2:    # "proj" adds to the stream, 2 n_layer times: smaller, to keep its size
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer) if "proj" in name else 0.02)
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
@@ -242,7 +243,7 @@ class TableTransformer(nn.Module):
 
     def forward(self, inputs):
         x, scale = self.features(inputs)
-        # one product for the heads of all columns, then a slice for each; in float32, autocast or not
+        # one product for the heads of all columns, then a slice for each; from here on in float32
         out = self.head(x).float()                                              # (B, T, N + all classes)
         correction, *logits = out.split([self.config.n_numeric] + self.classes, dim=-1)
         for k, n in enumerate(self.classes):
@@ -299,7 +300,7 @@ def sum_losses(guess, targets, unit, loss="mse"):
     guess: Guess; targets: masking.Targets; loss: "mse" or "huber". unit (N,): what an error of 1 is in each
     column. In units of the pencil's own error a calm column weighs as much as a wild one.
     Sums, so that the caller divides once, by the count of a whole step clamped to 1: the mean of no cells is
-    0/0. Targets hold no NaN, so torch.where is safe: what it drops has gradient 0, where a NaN has NaN.
+    0/0. Targets hold no NaN, so torch.where is safe: what it drops has gradient 0; a dropped NaN has NaN.
     """
     N = targets.numeric.shape[-1]                                               # numeric columns come first
     measure = F.mse_loss if loss == "mse" else F.huber_loss
@@ -377,7 +378,7 @@ def find_leaks(causal, wrong_axis=False, T=12, N=3):
     and model, every fourth cell hidden. AssertionError if the truth under a hidden cell reaches an output."""
     torch.manual_seed(0)
     model = TableTransformer(Config(N, [], 0, T, n_embd=32, causal=causal))
-    nn.init.normal_(model.head.weight)                      # a head of zeros would hide every dependence
+    nn.init.normal_(model.head.weight)                      # a head of zeros would hide the network
     numeric, ids = torch.randn(1, T, N, requires_grad=True), torch.zeros(1, T, 0, dtype=torch.long)
     known = torch.arange(T * N).view(1, T, N) % 4 > 0
     pencil, clock = pencil_in(numeric, known, causal), torch.zeros(1, T, 0)

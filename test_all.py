@@ -992,8 +992,11 @@ def test_autoregression_beats_its_baselines(tmp_path):
 
 
 def test_a_roll_out_asks_for_test_rows_alone():
-    table = load_table(data_args("--scaler", "none", "--clip", 1e9), pd.DataFrame({"x": np.arange(300.0)}))
+    frame, own_units = pd.DataFrame({"x": np.arange(300.0)}), ["--scaler", "none", "--clip", 1e9]
+    table = load_table(data_args(*own_units), frame)
     args = ar_args("--given", 10, "--horizons", 19, "--eval_stride", 1)
+    one_group = load_table(data_args(*own_units, "--group_col", "g"), frame.assign(g="a"))
+    assert torch.equal(train_ar.roll_out_windows(one_group, args), train_ar.roll_out_windows(table, args))
     batch = table.batch(train_ar.roll_out_windows(table, args)).rows(0, 29)
     rows = batch.numeric[..., 0] + table.schema.center[0]
     assert rows[:, 10:].min().round() == 255 and rows.max().round() == 299      # the test rows, all of them

@@ -54,7 +54,8 @@ def get_parser():
     add("--mask_prob_start", type=rate, help="progressive: start here, rise to --mask_prob (None: constant)")
     # real tables have few holes here and many there, and one model is to fill both
     add("--mask_spread", type=share, default=0.75,
-        help="each window draws its own rate, off --mask_prob by up to this share of the way to 0 or 1")
+        help="each window draws its own rate, off --mask_prob by up to this share of the way to 0 or 1, "
+             "whichever is nearer")
     add("--mask_style", choices=["cell", "span"], default="cell", help="hide single cells or runs of rows")
     add("--mask_span", type=number(float, 1), default=12.0, help="mean rows of a run, for --mask_style span")
     add("--mixup", type=share, default=0.0,
@@ -148,7 +149,7 @@ def apply_to_file(model, table, means, args):
             worse += [name] * (ours > theirs)               # who fills such a column should know
             repaired = table.facts[name][0] if j < N else 0
             print(f"{name:<32}{len(values):>11,}{repaired:>11,}{ours:>11.4g}{theirs:>11.4g}")
-    unseen = (table.categorical == UNK_ID).sum(dim=0).tolist()                  # K
+    unseen = (table.categorical == UNK_ID).sum(dim=0).tolist()
     for what, which in {
             "interpolation did better on test in": worse,
             "left empty, since the train rows have no value of it": [
@@ -292,8 +293,8 @@ def evaluate(model, table, split, stride, unit, args, device, autocast):
             targets, n_outside = within_clip(targets, table.schema.clip)
             with autocast:
                 guess = model(inputs)
-            # baselines see the very inputs that the model saw, and answer for the same cells
             sums, counts = sums + sum_losses(guess, targets, unit, args.loss), counts + count_scored(targets)
+            # baselines see the very inputs that the model saw, and answer for the same cells
             for name, said in {"model": (guess.numeric, guess.ids()), **baselines(inputs, args)}.items():
                 tally(errors[i], name, *said, targets, dim=(0, 1))
             cells[i] += targets.score.sum((0, 1)).cpu()
@@ -306,7 +307,7 @@ def evaluate(model, table, split, stride, unit, args, device, autocast):
 def judge(errors, cells, schema, numeric=None):
     """Sums of `evaluate` -> {method: {"mse", "mae", "accuracy": the mean of each case}}, None where nothing
     was scored; of the numeric columns only those listed in `numeric`, if any."""
-    N = len(schema.numeric)                     # the columns before it have squares, those after it classes
+    N = len(schema.numeric)                     # before it columns are numbers, from it on categories
     def mean(sums, columns):                    # over cells: a column full of holes counts for less
         sums, counts = sums[:, columns].sum(1).tolist(), cells[:, columns].sum(1).tolist()
         return [s / c if c else None for s, c in zip(sums, counts)]
@@ -386,7 +387,7 @@ def parse(argv):
 
 def pick_device(args):
     """Returns the device, and the name of autocast's dtype."""
-    # a GPU is asked for, not assumed: the first command must run on a laptop
+    # a GPU is used where there is one, never required: the first command must run on a laptop
     name = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
     if name == "cuda":                                  # each process of torchrun has a GPU of its own
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
@@ -403,7 +404,7 @@ def pick_device(args):
     return device, best if args.dtype == "auto" else args.dtype
 
 
-def explain(model, micro, windows, table, unit, args, device, autocast):
+def explain(model, micro, windows, table, unit, args, autocast):
     """Where a non-finite gradient may come from: lines for stderr."""
     # what went in, most often the reason: the three columns with the largest numbers, and the row of each
     numeric = torch.cat([inputs.numeric for inputs, _ in micro]).flatten(0, 1)              # (B*T, N)
@@ -415,13 +416,13 @@ def explain(model, micro, windows, table, unit, args, device, autocast):
     model.zero_grad()                                   # clipping has spread the NaN: the batch once more
     for inputs, targets in micro:
         with autocast:
-            guess = model(move(inputs, device))
-        sum_losses(guess, move(targets, device), unit, args.loss).sum().backward()
+            guess = model(inputs)
+        sum_losses(guess, targets, unit, args.loss).sum().backward()
     lost = [n for n, p in model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
     yield f"gradients of this batch not finite: {', '.join(lost[:3]) or 'none'} ({len(lost)} parameters)"
     # what came out of which module: the first in the order of the forward pass
     with autocast:
-        first = [first_non_finite(model, move(inputs, device)) for inputs, _ in micro]
+        first = [first_non_finite(model, inputs) for inputs, _ in micro]
     yield f"first output not finite: {next(filter(None, first), 'none, so it is the loss or the way back')}"
     yield "look at these rows; try a lower --lr or --clip, more --warmup_steps, --dtype float32; --resume"
 
@@ -462,7 +463,7 @@ def draw_windows(plt, schema, batch, asked, guesses):
     for axis, (b, curves) in zip(axes.flat, panels):
         for label, numeric, here, look in layers:
             values = schema.decode(numeric[b], batch.categorical[b])            # own units
-            # x over rows, or y over x: dots alone, for a line would claim what lies between
+            # dots alone: a line would claim to know what lies between
             for across, up in curves:
                 mask = here[b, :, names.index(up)]
                 axis.plot((rows if across is None else values[across])[mask], values[up][mask], ls="",
@@ -491,7 +492,7 @@ def conclude(model, table, unit, args, device, autocast, history, facts):
     """The test split, read once, with the best weights: tables on the screen, results.json and pictures.
     Returns the mean error of each column in own units, {column: {method: error}}."""
     model.load_state_dict(load_checkpoint(os.path.join(args.out_dir, "best.pt"))["model"])
-    stride = args.eval_stride or max(1, table.seq_len // 4)     # windows overlap: each cell is hidden often
+    stride = args.eval_stride or max(1, table.seq_len // 4)     # windows overlap: a cell is asked often
     # what is measured, whatever the objective ...
     _, errors, cells, beyond = evaluate(model, table, "test", stride, unit, args, device, autocast)
     results = {"script": SCRIPT, "data": args.data, **facts, "seed": args.seed}
@@ -515,7 +516,7 @@ def conclude(model, table, unit, args, device, autocast, history, facts):
     if beyond:
         print(f"beyond --clip {schema.clip:g} and so scored for nobody, over all windows and rates: {beyond}")
 
-    # pictures last: all that counts is on the screen and on disk by now
+    # pictures after the tables and results.json: no error of theirs can lose a number
     try:
         import matplotlib
         matplotlib.use("Agg")                                       # files, no window
@@ -540,7 +541,6 @@ def conclude(model, table, unit, args, device, autocast, history, facts):
 def main(argv=None):
     """Train, then judge on the test split. Returns the rows of log.csv."""
     args, checkpoint = parse(argv)
-    # what is to be trained, on what, from which table
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))      # of torchrun
     device, dtype = pick_device(args)
     # weights stay float32; autocast does matrix products in a shorter type, and what needs range in float32
@@ -601,12 +601,13 @@ def main(argv=None):
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def prepare(step):
-        """The micro-batches of a step, on the CPU, and which windows they are. They depend on the seed, the
+        """The micro-batches of a step, on the device, and which windows they are. They depend on the seed, the
         step and the rank alone, so they can be made while a GPU is still at work on the step before."""
         generator = step_generator(args.seed, step, rank)
         windows = [table.sample("train", args.batch_size, generator) for _ in range(args.grad_accum)]
-        # which windows: only for `explain`, should this step fail
-        return [objective(table.batch(w), args, generator, step) for w in windows], windows
+        micro = [objective(table.batch(w), args, generator, step) for w in windows]
+        # a copy to a GPU waits for all that the GPU was told before: here, where we are about to wait anyway
+        return [(move(inputs, device), move(targets, device)) for inputs, targets in micro], windows
 
     interrupted, code, ready = False, 0, None
     signal.signal(signal.SIGINT, interrupt)
@@ -622,7 +623,7 @@ def main(argv=None):
             val = float(losses @ weight.cpu())                  # what the training loss is made of, on val
             if history and history[-1]["step"] == step:
                 history[-1]["val"] = val                        # the row was logged before we knew
-            # errors[1]: squared; of the numeric columns; the mean over the cases
+            # errors[1] are the squared ones
             mse = {m: float((e[1, :, :n_numeric].sum(1) / cells[:, :n_numeric].sum(1).clamp(min=1)).mean())
                    for m, e in errors.items() if n_numeric}
             print(f"step {step:5d} | val loss {val:.4f}, numeric {losses[0]:.4f}, categorical {losses[1]:.4f}"
@@ -642,31 +643,32 @@ def main(argv=None):
         torch.manual_seed(step_generator(args.seed, step, rank).initial_seed())         # for dropout
         micro, windows = ready or prepare(step)
         count = sum(count_scored(targets) for _, targets in micro)              # (2,) cells of the whole step
-        count = torch.cat([count, torch.tensor([float(interrupted)])]).to(device)
+        count = F.pad(count, (0, 1), value=float(interrupted))                  # (3,)
         if world > 1:
-            dist.all_reduce(count)                              # ... of all ranks; and who was interrupted
+            dist.all_reduce(count)                              # ... of all ranks; and was any interrupted?
         for i, (inputs, targets) in enumerate(micro):
-            model.require_backward_grad_sync = i == len(micro) - 1              # the ranks talk once a step
+            model.require_backward_grad_sync = i == len(micro) - 1      # gradients are averaged once a step
             with autocast:
-                guess = model(move(inputs, device))
+                guess = model(inputs)
             # over the count of all micro-batches: they add up to the mean that one big batch would have
-            losses = sum_losses(guess, move(targets, device), unit, args.loss) / count[:2].clamp(min=1)
+            losses = sum_losses(guess, targets, unit, args.loss) / count[:2].clamp(min=1)
             scaler.scale(losses @ weight * world).backward()    # ranks average, we want the sum
             running += losses.detach()                          # without its graph, which would stay alive
         scaler.unscale_(optimizer)                              # or the clipping would see scaled gradients
         # one strange batch must not undo the steps before it: a longer gradient is cut to this length
         norm = torch.nn.utils.clip_grad_norm_(raw.parameters(), args.grad_clip or math.inf)
         ready = prepare(step + 1)                               # while a GPU is busy with what it was given
-        # The one host sync of a step. The norm is that of the averaged gradients: all ranks stop, or none.
+        # The one place where a step waits for the GPU, with the copies just made. The norm is that of the
+        # averaged gradients: all ranks stop, or none.
         norm, stop = torch.stack([norm, count[2]]).tolist()
-        # float16 overflows now and then, and halves its scale; below 1 it is not the scale any more
+        # float16 overflows now and then, and the scaler halves its scale; below 1 the fault is the model's
         if not math.isfinite(norm) and (not scaler.is_enabled() or scaler.get_scale() < 1):
             if rank == 0:
                 keep("last.pt")                                 # of the last good step
             if rank == 0 or not running.isfinite().all():       # whose batch was it?
                 print(f"error: step {step}, rank {rank}: the gradient norm is {norm}; stopped before the "
                       f"step, so last.pt and best.pt in {args.out_dir} are sound",
-                      *explain(raw, micro, windows, table, unit, args, device, autocast), sep="\n  ",
+                      *explain(raw, micro, windows, table, unit, args, autocast), sep="\n  ",
                       file=sys.stderr)
             code = 1
             break
@@ -704,8 +706,8 @@ def main(argv=None):
         print(f"stopped at step {step}; go on: python {SCRIPT}.py --resume --out_dir {args.out_dir}")
     signal.signal(signal.SIGINT, signal.default_int_handler)    # from here on Ctrl-C is what it always was
     if world > 1:
-        # Leave together, and the wrapper before its process group: it would take that along while it holds
-        # Python's lock, for which the group's own thread waits
+        # All leave together, and the wrapper is freed before its process group: freed after it, it would hold
+        # Python's lock while the group's own thread waits for that lock
         dist.barrier()
         model = None
         dist.destroy_process_group()
