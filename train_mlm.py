@@ -601,8 +601,8 @@ def main(argv=None):
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def prepare(step):
-        """The micro-batches of a step, on the device, and which windows they are. They depend on the seed, the
-        step and the rank alone, so they can be made while a GPU is still at work on the step before."""
+        """The micro-batches of a step, on the device, and which windows they are. They depend on seed, step
+        and rank alone, so they can be made while a GPU is still at work on the step before."""
         generator = step_generator(args.seed, step, rank)
         windows = [table.sample("train", args.batch_size, generator) for _ in range(args.grad_accum)]
         micro = [objective(table.batch(w), args, generator, step) for w in windows]
