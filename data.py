@@ -250,8 +250,9 @@ SIMULATIONS = {"sensors": simulate_sensors, "planets": simulate_planets}
 GROUPS = {"planets": "idx"}             # the group column of a simulation, where it has one
 
 
-def read_options(text):
-    """Options for pandas.read_csv, such as "sep=; decimal=,", as a dict."""
+def read_options(text, as_text=False):
+    """Options for pandas.read_csv, such as "sep=; decimal=,", as a dict. as_text: those that leave every cell
+    as it is written, "" where it is empty."""
     options = {}
     for option in re.split(r"\s+(?=\w+=)", text.strip()) if text else []:
         key, _, value = option.partition("=")
@@ -259,16 +260,15 @@ def read_options(text):
             options[key] = ast.literal_eval(value)              # numbers, lists, None, True ...
         except Exception:
             options[key] = value.replace("\\t", "\t")            # ... and all else is text, such as ";"
+    if as_text:
+        # all but what turns text into something else: separators, headers, encodings still hold
+        typed = "dtype na_values parse_dates converters decimal true_values false_values".split()
+        # the engine of pyarrow knows no na_filter
+        kept = {key: value for key, value in options.items() if key not in typed and value != "pyarrow"}
+        return kept | {"dtype": str, "na_filter": False}
+    if not isinstance(options.get("na_values"), dict):      # a dict is for some columns: leave it alone
+        options["na_values"] = MISSING + np.ravel(options.get("na_values", [])).tolist()
     return options
-
-
-def text_options(options):
-    """Options for pandas.read_csv that leave every cell as it is written, "" where it is empty."""
-    # all but what turns text into something else: separators, headers, encodings still hold
-    typed = ("dtype", "na_values", "parse_dates", "converters", "decimal", "true_values", "false_values")
-    # the engine of pyarrow knows no na_filter
-    kept = {key: value for key, value in options.items() if key not in typed and value != "pyarrow"}
-    return kept | {"dtype": str, "na_filter": False}
 
 
 def read_table(source, read_csv=None, as_text=False):
@@ -277,17 +277,14 @@ def read_table(source, read_csv=None, as_text=False):
     source: a simulation's name, or a path to .csv, .csv.gz or .parquet; read_csv: see `read_options`.
     as_text: every cell as it is written in the file, or as pandas would write it, "" where empty.
     """
-    options = read_options(read_csv)
-    if not isinstance(options.get("na_values"), dict):          # a dict is for some columns: leave it alone
-        options["na_values"] = MISSING + np.ravel(options.get("na_values", [])).tolist()
+    options = read_options(read_csv, as_text)
     if source in SIMULATIONS and not as_text:
         return SIMULATIONS[source]()
     try:
         # what is no text file is read, and written as pandas would write it
         if as_text and (source in SIMULATIONS or source.endswith(".parquet")):
-            table = pd.read_csv(io.StringIO(read_table(source).to_csv(index=False)), **text_options({}))
-        elif as_text:
-            table = pd.read_csv(source, **text_options(options))
+            text = io.StringIO(read_table(source).to_csv(index=False))
+            table = pd.read_csv(text, **read_options(None, as_text))
         elif source.endswith(".parquet"):
             table = pd.read_parquet(source)
         else:
@@ -319,7 +316,7 @@ def read_table(source, read_csv=None, as_text=False):
     if ragged or table.shape[1] == 1 and set(table.columns[0]) & set(";\t|"):
         fail(f"{source}: the columns come out wrong: is the separator another one? --read_csv 'sep=;'")
     # one word among numbers keeps pandas from reading any of them, and then their decimal commas stay
-    comma = options.get("decimal", ".") if not as_text else "."
+    comma = options.get("decimal", ".")
     for name in table.columns if comma != "." else []:
         if pd.api.types.infer_dtype(table[name], skipna=True) == "string":
             dotted = table[name].str.replace(comma, ".")
@@ -433,8 +430,8 @@ class Schema:
     clip: float                 # scaled values are clipped to +-clip
 
     def vocab_sizes(self):
-        """V_k of each categorical column, the two reserved ids included."""
-        return [len(v) + 2 for v in self.vocabulary]
+        """V_k of each categorical column, the two reserved ids included; an empty one is guessed as id 2."""
+        return [2 + max(1, len(v)) for v in self.vocabulary]
 
     def decode(self, numeric, categorical):
         """(..., N) scaled values and (..., K) ids -> {column: values in original units, or labels}, as numpy.
@@ -464,27 +461,26 @@ def fit_scale(x, scaler):
 
 def fit_schema(table, kinds, is_train, args):
     """Scales, vocabularies and cycles, from the rows where is_train, (rows,) bool, is True alone."""
-    numeric, categorical = ([c for c in kinds if kinds[c] == kind] for kind in ("numeric", "categorical"))
-    schema = Schema(numeric, categorical, center=[], scale=[], vocabulary=[], cycles=[], clip=args.clip)
-    for name in schema.numeric:
-        center, scale = fit_scale(numbers(table[name])[0][is_train], args.scaler)
-        schema.center.append(center)
-        schema.scale.append(scale)
-    for name in schema.categorical:
-        # commonest first, so that id 2 is what one would guess without a model; then by name
-        counts = labels(table[name])[is_train].value_counts()
-        schema.vocabulary.append(sorted(counts.index.tolist(), key=lambda label: (-counts[label], label)))
+    numeric, categorical, time = ([name for name in kinds if kinds[name] == kind]
+                                  for kind in ("numeric", "categorical", "time"))
+    scales = [fit_scale(numbers(table[name])[0][is_train], args.scaler) for name in numeric]
+    # commonest first, so that id 2 is what one would guess without a model; then by name
+    counts = [labels(table[name])[is_train].value_counts().sort_index() for name in categorical]
+    vocabulary = [n.sort_values(ascending=False, kind="stable").index.tolist() for n in counts]
     # a cycle that the train rows have not seen twice tells dates apart, not seasons, and is learnt by heart
-    times = [table[name][is_train] for name in kinds if kinds[name] == "time"]
-    spans = [(t.max() - t.min()).total_seconds() for t in times if pd.api.types.is_datetime64_any_dtype(t)]
-    schema.cycles = [cycle for cycle in CYCLES for span in spans if span >= 2 * CYCLES[cycle]]
-    return schema
+    stamps = [table[name][is_train] for name in time if pd.api.types.is_datetime64_any_dtype(table[name])]
+    cycles = [cycle for cycle in CYCLES for t in stamps
+              if (t.max() - t.min()).total_seconds() >= 2 * CYCLES[cycle]]
+    return Schema(numeric, categorical, [center for center, _ in scales], [scale for _, scale in scales],
+                  vocabulary, cycles, args.clip)
 
 
-def make_clock(stamps, cycles):
-    """(rows,) time stamps -> (rows, 2 * cycles) float32: sin and cos of the place in each cycle."""
+def make_clock(keys, cycles):
+    """Table.keys -> (rows, 2 * cycles) float32: sin and cos of the place in each cycle."""
+    if not cycles:                                          # then there may be no time stamps at all
+        return np.zeros((len(keys), 0), np.float32)
     # an angle has no midnight at which it jumps, as hours from 0 to 23 do
-    periods = np.array([CYCLES[cycle] for cycle in cycles])                     # (cycles,), seconds
+    periods, stamps = np.array([CYCLES[cycle] for cycle in cycles]), keys.iloc[:, 0]        # in seconds
     midnight = pd.Timestamp("2000-01-01", tz=stamps.dt.tz)
     angle = 2 * np.pi * (stamps - midnight).dt.total_seconds().to_numpy()[:, None] / periods
     return np.nan_to_num(np.hstack([np.sin(angle), np.cos(angle)])).astype(np.float32)     # NaT: 0
@@ -497,13 +493,13 @@ def make_clock(stamps, cycles):
 class Table:
     """All rows of a table, encoded once; windows are cut out of it by row number."""
     schema: Schema
-    numeric: torch.Tensor       # (rows, N) float32
-    categorical: torch.Tensor   # (rows, K) int32
+    numeric: torch.Tensor       # (rows, N) float32, 0.0 where not observed
+    categorical: torch.Tensor   # (rows, K) int32, 0 where not observed
     observed: torch.Tensor      # (rows, F) bool
     clock: torch.Tensor         # (rows, C) float32
     facts: dict                 # numeric: [repaired, mean, std, min, max], time: [first, last, step, repeats]
     kinds: dict                 # column of the file -> what it was taken for
-    keys: pd.DataFrame          # the group and the time column; its index says which row of the file it was
+    keys: pd.DataFrame          # the time column, if there is one; its index: which row of the file it was
     seq_len: int                # T
     segments: dict              # split -> (S, 2) int64, [start, end) rows of each sequence that may be read;
                                 # "all" -> every sequence whole
@@ -514,7 +510,7 @@ class Table:
         windows = []
         for start, end in self.segments[split].tolist():
             last = max(start, end - self.seq_len)           # a sequence shorter than T has one window
-            windows += [(s, end) for s in sorted({*range(start, last + 1, stride), last})]
+            windows += [(s, end) for s in (*range(start, last, stride), last)]
         return torch.tensor(windows)
 
     def sample(self, split, batch_size, generator):
@@ -532,10 +528,9 @@ class Table:
         rows = windows[:, :1] + torch.arange(self.seq_len)                      # (B, T)
         valid = rows < windows[:, 1:]
         rows = torch.where(valid, rows, windows[:, 1:] - 1)                     # any: padding is zeroed
-        observed = self.observed[rows] & valid[..., None]                       # (B, T, F)
-        is_numeric, is_category = observed.split([self.numeric.shape[1], self.categorical.shape[1]], dim=-1)
-        return Batch(self.numeric[rows] * is_numeric, self.categorical[rows].long() * is_category,
-                     observed, valid, self.clock[rows] * valid[..., None])
+        real = valid[..., None]                                                 # (B, T, 1)
+        return Batch(self.numeric[rows] * real, self.categorical[rows].long() * real,
+                     self.observed[rows] & real, valid, self.clock[rows] * real)
 
     def learnt(self):
         """(F,) bool, True = the column has a value in the train rows, so the model has met it."""
@@ -556,15 +551,12 @@ class Table:
         median step; and their clock, (sequences, steps, C)."""
         # the last row of each sequence, `steps` times; then its time, moved on
         keys = self.keys.iloc[(self.segments["all"][:, 1] - 1).repeat_interleave(steps)]
-        for name in [name for name in keys if self.kinds[name] == "time"]:
+        for name in keys:
             # its latest stamp, not that of its last row: rows without one are sorted to the end
             last = [self.keys[name].iloc[start:end].max() for start, end in self.segments["all"].tolist()]
             ahead = np.tile(np.arange(1, steps + 1), len(last))
             keys = keys.assign(**{name: pd.Series(last).repeat(steps).array + ahead * self.facts[name][2]})
-            if self.schema.cycles:
-                clock = torch.from_numpy(make_clock(keys[name], self.schema.cycles))
-                return keys, clock.view(len(last), steps, -1)
-        return keys, torch.zeros(len(self.segments["all"]), steps, 0)
+        return keys, torch.from_numpy(make_clock(keys, self.schema.cycles)).unflatten(0, (-1, steps))
 
 
 def encode(table, kinds, schema):
@@ -588,14 +580,12 @@ def encode(table, kinds, schema):
         code = pd.Index(schema.vocabulary[k], dtype="string").get_indexer(text)     # -1: not in train, UNK_ID
         observed[:, n_numeric + k] = text.notna()
         categorical[:, k] = np.where(observed[:, n_numeric + k], code + 2, MASK_ID)
-    clock = np.zeros((n_rows, 0), np.float32)
-    keys = table[[name for name in kinds if kinds[name] in ("group", "time")]]
-    for name in [name for name in keys if kinds[name] == "time"]:
-        groups = [keys[other] for other in keys if other != name]       # no step from one to the next
-        steps = (keys[name].groupby(groups, dropna=False) if groups else keys[name]).diff()
+    group, time = ([name for name in kinds if kinds[name] == kind] for kind in ("group", "time"))
+    keys = table[time]
+    for name in keys:
+        steps = (table.groupby(group, dropna=False) if group else table)[name].diff()   # none between groups
         facts[name] = [keys[name].min(), keys[name].max(), steps.median(), int((steps == 0 * steps).sum())]
-        if schema.cycles:
-            clock = make_clock(keys[name], schema.cycles)
+    clock = make_clock(keys, schema.cycles)
     return [*map(torch.from_numpy, (numeric, categorical, observed, clock)), facts, kinds, keys]
 
 
@@ -631,14 +621,14 @@ def split_rows(lengths, args):
     ranges = np.stack([ends - lengths, ends], axis=1)                           # (groups, 2)
     if len(lengths) == 1:
         a, b, c = np.cumsum(split_counts(args.split, int(lengths[0]), "rows", args))
-        seq_len = int(min(args.seq_len, a))
-        parts = [[(0, a)], [(max(0, a - seq_len), b)], [(max(0, b - seq_len), c)]]
+        seq_len = int(min(args.seq_len, a))                 # so a - seq_len is a row
+        parts = [[(0, a)], [(a - seq_len, b)], [(b - seq_len, c)]]
     else:
         a, b, c = np.cumsum(split_counts(args.split, len(lengths), "groups", args))
         # not the first groups to train on: files are sorted, and the last wells are the newest
         order = np.random.default_rng(0).permutation(len(lengths))
         parts = [ranges[np.sort(order[lo:hi])] for lo, hi in ((0, a), (a, b), (b, c))]
-        seq_len = int(min(args.seq_len, (parts[0][:, 1] - parts[0][:, 0]).max()))
+        seq_len = int(min(args.seq_len, np.diff(parts[0]).max()))
     return seq_len, {name: torch.tensor(np.array(part), dtype=torch.int64)
                      for name, part in zip(("train", "val", "test", "all"), [*parts, ranges])}
 
@@ -647,14 +637,13 @@ def load_table(args, table=None):
     """args: the flags of `add_arguments`; table: a DataFrame to use instead of args.data. Returns a Table."""
     table = read_table(args.data, args.read_csv) if table is None else table.reset_index(drop=True)
     kinds = infer_kinds(table, args)
-    by = [name for kind in ("group", "time") for name in kinds if kinds[name] == kind]
-    if "group" in kinds.values():
-        table[by[0]] = labels(table[by[0]])                                     # mixed types do not sort
-    if by:
-        table = table.sort_values(by, kind="stable")        # equal times keep their order; index: row of file
-    lengths = np.array([len(table)])
-    if "group" in kinds.values():
-        lengths = table.groupby(by[0], dropna=False).size().to_numpy()          # in the same, sorted order
+    group, time = ([name for name in kinds if kinds[name] == kind] for kind in ("group", "time"))
+    for name in group:
+        table[name] = labels(table[name])                                       # mixed types do not sort
+    if group + time:                                        # equal times keep their order; index: row of file
+        table = table.sort_values(group + time, kind="stable")
+    # without a group column all rows are one group; in the same, sorted order
+    lengths = table.groupby(group or np.zeros(len(table)), dropna=False).size().to_numpy()
     seq_len, segments = split_rows(lengths, args)
     is_train = np.zeros(len(table), bool)                   # the rows that statistics may be taken from
     for start, end in segments["train"].tolist():
@@ -678,29 +667,24 @@ def check_target(flag, path, source):
 
 
 class Cells:
-    """The user's file as text, and new cells written in the manner of its columns."""
+    """The user's file as text, in the order of the table, and new cells in the manner of its columns."""
 
     def __init__(self, table, args):
         self.table, self.options = table, read_options(args.read_csv)
-        self.text = read_table(args.data, args.read_csv, as_text=True)
-        if len(self.text) != len(table.observed) or not {*table.kinds} <= {*self.text}:
+        text = read_table(args.data, args.read_csv, as_text=True)
+        if len(text) != len(table.observed) or not {*table.kinds} <= {*text}:
             fail(f"{args.data}: its rows or columns are others when it is read as text (--read_csv)")
+        self.text = text.iloc[table.keys.index]             # whose own index says where each row was
         self.header = dict(zip(self.text, self.text))       # name to us -> name in the file
         self.encoding = self.options.get("encoding", "utf-8")
         renamed = {"header", "names", "usecols", "index_col"} & {*self.options}
         if os.path.exists(args.data) and not args.data.endswith(".parquet") and not renamed:
             # pandas renames columns that are called alike or not at all, and hides Excel's byte order mark
-            options = text_options(self.options) | {"header": None, "nrows": 1}
+            options = read_options(args.read_csv, as_text=True) | {"header": None, "nrows": 1}
             options.pop("skipfooter", None)                     # which does not go with nrows
             self.header = dict(zip(self.text, pd.read_csv(args.data, **options).iloc[0]))
             with open(args.data, "rb") as file:
                 self.encoding = "utf-8-sig" if file.read(3) == codecs.BOM_UTF8 else self.encoding
-
-    def fill(self, name, rows, texts):
-        """Put texts into a column where `rows`, (rows,) bool in the order of the table, is True."""
-        column = self.text[name].to_numpy(dtype=object, copy=True)      # not pandas' own, which is read-only
-        column[self.table.keys.index[rows]] = texts
-        self.text[name] = column
 
     def like(self, name, values):
         """Scaled values or ids, (n,), as n texts: numbers with as many decimals as their column has, whole
@@ -708,8 +692,7 @@ class Cells:
         schema = self.table.schema
         j, N = (schema.numeric + schema.categorical).index(name), len(schema.numeric)
         seen = self.table.observed[:, j].numpy()
-        # the column's own cells, in the order of the table
-        own = pd.Series(self.text[name].to_numpy()[self.table.keys.index[seen]], dtype=object)
+        own = self.text.loc[seen, name].astype(object)          # the column's own cells
         if j >= N:
             spelling = own.groupby(self.table.categorical[:, j - N].numpy()[seen]).first()
             return spelling.reindex(values.numpy()).to_numpy()
@@ -725,7 +708,7 @@ class Cells:
 
     def stamps(self, name, times):
         """Time stamps or numbers, a Series, as the column of that name writes its own; else as ISO 8601."""
-        own = self.text[name].to_numpy()[self.table.keys.index[:100]]
+        own = self.text[name].to_numpy()[:100]
         if not pd.api.types.is_datetime64_any_dtype(times):
             return times.convert_dtypes().astype(str)           # 2020.0 is 2020
         for options in ({}, {"dayfirst": True}):

@@ -39,6 +39,12 @@ class Targets(NamedTuple):
     score: torch.Tensor             # (B, T, F) bool, True = this cell counts in the loss
 
 
+def move(tensors, device):
+    """Inputs or Targets -> the same on the device."""
+    # None: no attention mask was needed
+    return type(tensors)(*(t if t is None else t.to(device) for t in tensors))
+
+
 # -----------------------------------------------------------------------------
 # what is hidden
 

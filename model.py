@@ -35,7 +35,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from masking import Inputs, Targets, create_inputs, create_masks, pencil_in
+from masking import Inputs, Targets, create_inputs, create_masks, move, pencil_in
 
 TRUST = 5.0     # lead of the pencilled-in category's logit before anything is learned
 
@@ -44,7 +44,7 @@ TRUST = 5.0     # lead of the pencilled-in category's logit before anything is l
 class Config:
     """The shape of a model."""
     n_numeric: int              # N
-    vocab_sizes: list           # V_k of the K categorical columns
+    vocab_sizes: list           # V_k of the K categorical columns, 3 at least
     n_clock: int = 0            # C
     seq_len: int = 96           # the longest T
     n_layer: int = 4
@@ -158,10 +158,9 @@ class RowEmbedding(nn.Module):
         self.bias = nn.Parameter(torch.zeros(config.n_embd))                        # of all columns
         # One table for all categorical columns, one after the other. Its row 0 is [UNK] of every column, and
         # padding_idx keeps it zero: a value never seen in training has taught us nothing.
-        sizes = [max(3, v) for v in config.vocab_sizes]     # an empty column is still guessed, as id 2
-        offset = torch.tensor([1] + sizes[:-1] if K else [], dtype=torch.long).cumsum(0)
-        self.register_buffer("offset", offset, persistent=False)                    # (K,)
-        self.categories = nn.Embedding(1 + sum(sizes), config.n_embd, padding_idx=0)
+        offset = torch.tensor([1] + config.vocab_sizes).cumsum(0)[:-1]              # (K,)
+        self.register_buffer("offset", offset, persistent=False)
+        self.categories = nn.Embedding(1 + sum(config.vocab_sizes), config.n_embd, padding_idx=0)
 
     def forward(self, values, ids, shown, clock):
         # values (B, T, N), ids (B, T, K), shown (B, T, F), clock (B, T, C)
@@ -211,7 +210,7 @@ class TableTransformer(nn.Module):
         if config.n_embd % config.n_head or config.n_embd // config.n_head % 2:
             raise ValueError(f"n_embd {config.n_embd} must be n_head {config.n_head} times an even number")
         self.config = config
-        self.classes = [max(1, v - 2) for v in config.vocab_sizes]              # at least one
+        self.classes = [v - 2 for v in config.vocab_sizes]                      # the column's own values
         self.embed = RowEmbedding(config)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.norm = nn.LayerNorm(config.n_embd)
@@ -253,7 +252,7 @@ class TableTransformer(nn.Module):
     @torch.no_grad()
     def predict(self, inputs):
         """Inputs -> numbers (B, T, N) and the likeliest ids (B, T, K), on the CPU."""
-        guess = self(Inputs(*(x if x is None else x.to(self.cos.device) for x in inputs)))
+        guess = self(move(inputs, self.cos.device))
         return guess.numeric.cpu(), guess.ids().cpu()
 
     def rollout(self, batch, clock, steps, predict=None):
@@ -315,20 +314,16 @@ def sum_losses(guess, targets, unit, loss="mse"):
 
 def first_non_finite(model, inputs):
     """The name of the first module whose output for these Inputs is not all finite, or None."""
-    found = []
+    names, found = {module: name for name, module in model.named_modules()}, []
 
-    def look(name):
-        def hook(module, given, output):
-            parts = [output] if isinstance(output, torch.Tensor) else [output.numeric, *output.logits]
-            if not all(x.isfinite().all() for x in parts):
-                found.append(name or "the heads' sum with the pencil")
-        return hook
-    # a module's hook runs when its output is there, so those inside it report before it does
-    hooks = [module.register_forward_hook(look(name)) for name, module in model.named_modules()]
-    with torch.no_grad():
+    def look(module, given, output):
+        parts = [output] if isinstance(output, torch.Tensor) else [output.numeric, *output.logits]
+        if not all(x.isfinite().all() for x in parts):
+            found.append(names[module] or "the heads' sum with the pencil")
+    # a hook on all modules, for this one call; it runs when a module's output is there, so those inside it
+    # report before it does
+    with torch.no_grad(), nn.modules.module.register_module_forward_hook(look):
         model(inputs)
-    for hook in hooks:                                      # or they would report on every later call
-        hook.remove()
     return found[0] if found else None
 
 

@@ -31,7 +31,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from data import Cells, add_arguments, check_target, fail, load_table, number, step_generator
-from masking import Targets, create_inputs, jitter, scorable
+from masking import Targets, create_inputs, jitter, move, scorable
 from model import Config, TableTransformer, count_scored, first_non_finite, sum_losses, window_scale
 
 SCRIPT = "train_ar"
@@ -118,7 +118,7 @@ def check(args, table):
         fail("--forecast (how many rows) and --to (into which file) go together")
     if args.forecast:                       # now, not after minutes of training
         check_target("--to", args.to, args.data)
-        for name in [name for name in table.keys if table.kinds[name] == "time"]:
+        for name in table.keys:                             # the time column
             step = table.facts[name][2]                     # a number or a Timedelta, NaN of a single row
             if not step > 0 * step:
                 fail(f"{args.data}: --forecast cannot go on from {name!r}, whose median step is {step}; does "
@@ -132,29 +132,25 @@ def apply_to_file(model, table, means, args):
     """--forecast: write the rows that come next in each sequence. means: {column: {method: test error}}."""
     if not args.forecast:
         return
-    schema, steps, learnt = table.schema, args.forecast, table.learnt()
+    schema, steps = table.schema, args.forecast
     start, end = table.segments["all"].unbind(1)
     windows = torch.stack([torch.maximum(start, end - table.seq_len), end], dim=1)      # the last of each
     keys, clock = table.coming(steps)                       # a row of keys for each row to come
     parts = [model.rollout(table.batch(w), c, steps) for w, c in zip(windows.split(256), clock.split(256))]
     rows = type(parts[0])(*(torch.cat(x).flatten(0, 1) for x in zip(*parts)))   # (sequences * steps, ...)
-    cells, text, N = Cells(table, args), {}, len(schema.numeric)
-    # column by column as the file has them, each in its own manner
-    for name, kind in table.kinds.items():
-        text[name] = [""] * len(keys)                       # of a column that the model has not seen
-        if kind == "time":
-            text[name] = cells.stamps(name, keys[name])
-            print(f"\n{name} goes on at its median step, {table.facts[name][2]}, "
-                  f"from {keys[name].min()} to {keys[name].max()}")
-        elif kind == "group":                               # as it is spelt in the last row of its sequence
-            text[name] = cells.text[name].to_numpy()[keys.index]
-        elif name in schema.numeric + schema.categorical:
-            j = (schema.numeric + schema.categorical).index(name)           # its place among the F columns
-            there = rows.observed[:, j] & learnt[j]         # a planet that is not there will not come
-            values = rows.numeric[:, j] if j < N else rows.categorical[:, j - N]
-            if there.any():                                 # else there is no manner to write it in
-                text[name] = np.where(there, cells.like(name, values), "")
-    replace_file(args.to, lambda path: cells.write(path, pd.DataFrame(text)))
+    # the columns of the file, each in its own manner; empty if the model has not seen it
+    cells, text = Cells(table, args), pd.DataFrame("", range(len(keys)), list(table.kinds))
+    for name, said, there in zip(schema.numeric + schema.categorical, [*rows.numeric.T, *rows.categorical.T],
+                                 (rows.observed & table.learnt()).T):           # (sequences * steps,)
+        if there.any():                                     # else there is no manner to write it in
+            text[name] = np.where(there, cells.like(name, said), "")    # a planet not there will not come
+    for name in keys:
+        text[name] = cells.stamps(name, keys[name]).to_numpy()
+        print(f"\n{name} goes on at its median step, {table.facts[name][2]}, "
+              f"from {keys[name].min()} to {keys[name].max()}")
+    for name in [name for name, kind in table.kinds.items() if kind == "group"]:
+        text[name] = cells.text.loc[keys.index, name].to_numpy()        # as in the last row of its sequence
+    replace_file(args.to, lambda path: cells.write(path, text))
     print(f"wrote {args.to}: {steps} rows of each of {len(windows)} sequence(s)")
 
 
@@ -230,12 +226,6 @@ EVAL_ROWS = 3072        # in an evaluation batch; fixed, so that its masks do no
 COLORS = {"model": "#0072B2", "linear": "#E69F00", "last": "#009E73", "season": "#CC79A7", "mean": "#999999",
           "val": "#0072B2", "train": "#999999"}             # for the eyes of all (Okabe 2008)
 LOG = ("step", "train", "numeric", "categorical", "val", "lr", "norm", "cells_per_s")
-
-
-def move(tensors, device):
-    """Inputs or Targets -> the same on the device."""
-    # None: no attention mask was needed
-    return type(tensors)(*(t if t is None else t.to(device) for t in tensors))
 
 
 def pencil_error(table, args):
@@ -444,7 +434,7 @@ def restore(checkpoint, raw, averaged, optimizer, scaler, schema, args):
         scaler.load_state_dict(checkpoint["scaler"])
 
 
-def draw_windows(plt, schema, batch, asked, guesses):
+def draw_windows(Figure, schema, batch, asked, guesses):
     """A figure of windows, a Batch, of what was asked, (B, T, F) bool, and of {method: guesses (B, T, N)}: in
     the plane where columns are named _x and _y, else the four columns of window 0 that move most."""
     names, rows = schema.numeric, np.arange(batch.valid.shape[1])               # N, (T,)
@@ -454,8 +444,8 @@ def draw_windows(plt, schema, batch, asked, guesses):
     moves = (moves * asked[0, :, :len(names)].any(dim=0)).argsort(descending=True)[:4].tolist()
     panels = [(b, planes) for b in range(len(asked))] if planes else [(0, [(None, names[j])]) for j in moves]
     n = max(1, len(panels))                             # a table without numbers gets an empty picture
-    figure, axes = plt.subplots(*((1, n) if planes else (n, 1)), figsize=(9, 3.2 if planes else 1.9 * n),
-                                squeeze=False, sharex=not planes, layout="constrained")
+    figure = Figure(figsize=(9, 3.2 if planes else 1.9 * n), layout="constrained")
+    axes = figure.subplots(*((1, n) if planes else (n, 1)), squeeze=False, sharex=not planes)
     seen, asked = ((batch.observed & mask)[..., :len(names)].numpy() for mask in (~asked, asked))
     # the same colours and marks for the same thing in all pictures
     layers = [("seen", batch.numeric, seen, dict(marker=".", color="black", ms=4)),
@@ -480,9 +470,10 @@ def draw_windows(plt, schema, batch, asked, guesses):
     return figure
 
 
-def draw_lines(plt, x, lines, **labels):
+def draw_lines(Figure, x, lines, **labels):
     """A figure of {name: y} over x, y on a logarithmic scale."""
-    figure, axis = plt.subplots(figsize=(7, 4))
+    figure = Figure(figsize=(7, 4))
+    axis = figure.subplots()
     for name, y in lines.items():
         axis.plot(x, y, marker="." if len(x) < 50 else None, color=COLORS[name], label=name)    # few: dots
     axis.set(yscale="log", **labels)                    # errors differ by factors, not by amounts
@@ -497,10 +488,9 @@ def conclude(model, table, unit, args, device, autocast, history, facts):
     stride = args.eval_stride or max(1, table.seq_len // 4)     # windows overlap: a cell is asked often
     # what is measured, whatever the objective ...
     _, errors, cells, beyond = evaluate(model, table, "test", stride, unit, args, device, autocast)
-    results = {"script": SCRIPT, "data": args.data, **facts, "seed": args.seed}
     # ... and what this objective makes of it
     kept, (axis, cases, curves), drawn = examine(model, table, errors, cells, args)
-    results.update(kept)
+    results = {"script": SCRIPT, "data": args.data, **facts, "seed": args.seed, **kept}
     replace_file(os.path.join(args.out_dir, "results.json"),
                  lambda path: Path(path).write_text(json.dumps(results, indent=1)))
 
@@ -520,22 +510,20 @@ def conclude(model, table, unit, args, device, autocast, history, facts):
 
     # pictures after the tables and results.json: no error of theirs can lose a number
     try:
-        import matplotlib
-        matplotlib.use("Agg")                                       # files, no window
-        import matplotlib.pyplot as plt
+        import matplotlib.figure                                    # and not pyplot: files, no window
     except ImportError:
         print("no pictures without matplotlib: pip install matplotlib")
         return means
     steps = [row["step"] for row in history]                        # a point a log line
     losses = {name: [row[name] for row in history] for name in ("train", "val")}
     curves = {name: means["mse"] for name, means in curves.items()}
+    Figure = matplotlib.figure.Figure
     figures = {
-        "loss.png": draw_lines(plt, steps, losses, xlabel="step", ylabel="loss"),
-        "errors.png": draw_lines(plt, cases, curves, xlabel=axis, ylabel="mean squared error, scaled"),
-        "window.png": draw_windows(plt, table.schema, *drawn)}
+        "loss.png": draw_lines(Figure, steps, losses, xlabel="step", ylabel="loss"),
+        "errors.png": draw_lines(Figure, cases, curves, xlabel=axis, ylabel="mean squared error, scaled"),
+        "window.png": draw_windows(Figure, table.schema, *drawn)}
     for name, figure in figures.items():
         figure.savefig(os.path.join(args.out_dir, name), dpi=120, bbox_inches="tight")
-        plt.close(figure)
         print(f"wrote {os.path.join(args.out_dir, name)}")
     return means
 
@@ -589,13 +577,12 @@ def main(argv=None):
               f"{len(schema['categorical'])} categorical columns, windows of {table.seq_len} rows\n"
               f"{n_params:,} parameters on {device} in {dtype}, from step {step} to {args.max_steps}")
 
-    def keep(*names):
+    def keep(name):
         """Save the run as it stands, and log.csv with it, so that the two always agree."""
         state = {"script": SCRIPT, "model": averaged.state_dict(), "raw": raw.state_dict(),
                  "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "step": step,
                  "best": best, "history": history, "args": vars(args), "schema": schema}
-        for name in names:
-            replace_file(os.path.join(args.out_dir, name), lambda path: torch.save(state, path))
+        replace_file(os.path.join(args.out_dir, name), lambda path: torch.save(state, path))
         write_log(history, args)
 
     def interrupt(*_):

@@ -32,7 +32,7 @@ import torch.nn.functional as F
 
 from data import UNK_ID, Cells, add_arguments, check_target, fail, load_table, number, step_generator
 from masking import (Targets, bert_style_masking, create_inputs, create_masks, get_mask_probability, mix_up,
-                     pencil_category, pencil_in, scorable)
+                     move, pencil_category, pencil_in, scorable)
 from model import Config, TableTransformer, count_scored, first_non_finite, sum_losses, window_scale
 
 SCRIPT = "train_mlm"
@@ -130,29 +130,22 @@ def apply_to_file(model, table, means, args):
     if not args.fill:
         return
     schema, windows = table.schema, max(1, EVAL_ROWS // table.seq_len)
-    N, names, learnt = len(schema.numeric), schema.numeric + schema.categorical, table.learnt().tolist()
-    filled = table.numeric.clone(), table.categorical.clone()                   # (rows, N) and (rows, K)
+    names, learnt, parts = schema.numeric + schema.categorical, table.learnt().tolist(), []
     for these, owned in zip(*(x.split(windows) for x in table.owners())):
-        batch = table.batch(these)
-        # nothing is hidden now: what is not known is not there
-        numeric, ids = model.predict(create_inputs(batch, batch.observed, CAUSAL))
-        rows = these[:, :1] + torch.arange(table.seq_len)                       # (B, T)
+        batch, rows = table.batch(these), these[:, :1] + torch.arange(table.seq_len)            # (B, T)
         mine = (rows >= owned[:, :1]) & (rows < owned[:, 1:])       # each row from where it is most central
-        rows = rows[mine]                                                       # (n,)
-        seen = table.observed[rows]                                             # (n, F)
-        filled[0][rows] = torch.where(seen[:, :N], filled[0][rows], numeric[mine])
-        filled[1][rows] = torch.where(seen[:, N:], filled[1][rows], ids[mine].int())
+        # nothing is hidden now: what is not known is not there
+        parts.append([x[mine] for x in model.predict(create_inputs(batch, batch.observed, CAUSAL))])
+    numeric, ids = (torch.cat(x) for x in zip(*parts))          # (rows, N) and (rows, K), of each row once
     cells, worse = Cells(table, args), []
     print(f"\n{'filled':<32}{'cells':>11}{'no reading':>11}{'model':>11}{'linear':>11}  (test error)")
-    for j, name in enumerate(names):
-        holes = ~table.observed[:, j]                                           # (rows,)
-        values = (filled[0][:, j] if j < N else filled[1][:, j - N])[holes]
-        if learnt[j] and len(values):
-            cells.fill(name, holes.numpy(), cells.like(name, values))
+    for name, here, said, holes in zip(names, learnt, [*numeric.T, *ids.T], ~table.observed.T):     # (rows,)
+        if here and holes.any():
+            cells.text.loc[holes.numpy(), name] = cells.like(name, said[holes])
             ours, theirs = (means[name][method] for method in ("model", "linear"))
             worse += [name] * (ours > theirs)               # who fills such a column should know
-            repaired = table.facts[name][0] if j < N else 0
-            print(f"{name:<32}{len(values):>11,}{repaired:>11,}{ours:>11.4g}{theirs:>11.4g}")
+            repaired = table.facts[name][0] if name in schema.numeric else 0
+            print(f"{name:<32}{int(holes.sum()):>11,}{repaired:>11,}{ours:>11.4g}{theirs:>11.4g}")
     unseen = (table.categorical == UNK_ID).sum(dim=0).tolist()
     for what, which in {
             "interpolation did better on test in": worse,
@@ -163,7 +156,7 @@ def apply_to_file(model, table, means, args):
                 f"{name} ({n} rows)" for name, n in zip(schema.categorical, unseen) if n]}.items():
         if which:
             print(f"{what}: {', '.join(which)}")
-    replace_file(args.fill, lambda path: cells.write(path, cells.text))
+    replace_file(args.fill, lambda path: cells.write(path, cells.text.sort_index()))
     print(f"wrote {args.fill}")
 
 
@@ -233,12 +226,6 @@ EVAL_ROWS = 3072        # in an evaluation batch; fixed, so that its masks do no
 COLORS = {"model": "#0072B2", "linear": "#E69F00", "last": "#009E73", "season": "#CC79A7", "mean": "#999999",
           "val": "#0072B2", "train": "#999999"}             # for the eyes of all (Okabe 2008)
 LOG = ("step", "train", "numeric", "categorical", "val", "lr", "norm", "cells_per_s")
-
-
-def move(tensors, device):
-    """Inputs or Targets -> the same on the device."""
-    # None: no attention mask was needed
-    return type(tensors)(*(t if t is None else t.to(device) for t in tensors))
 
 
 def pencil_error(table, args):
@@ -447,7 +434,7 @@ def restore(checkpoint, raw, averaged, optimizer, scaler, schema, args):
         scaler.load_state_dict(checkpoint["scaler"])
 
 
-def draw_windows(plt, schema, batch, asked, guesses):
+def draw_windows(Figure, schema, batch, asked, guesses):
     """A figure of windows, a Batch, of what was asked, (B, T, F) bool, and of {method: guesses (B, T, N)}: in
     the plane where columns are named _x and _y, else the four columns of window 0 that move most."""
     names, rows = schema.numeric, np.arange(batch.valid.shape[1])               # N, (T,)
@@ -457,8 +444,8 @@ def draw_windows(plt, schema, batch, asked, guesses):
     moves = (moves * asked[0, :, :len(names)].any(dim=0)).argsort(descending=True)[:4].tolist()
     panels = [(b, planes) for b in range(len(asked))] if planes else [(0, [(None, names[j])]) for j in moves]
     n = max(1, len(panels))                             # a table without numbers gets an empty picture
-    figure, axes = plt.subplots(*((1, n) if planes else (n, 1)), figsize=(9, 3.2 if planes else 1.9 * n),
-                                squeeze=False, sharex=not planes, layout="constrained")
+    figure = Figure(figsize=(9, 3.2 if planes else 1.9 * n), layout="constrained")
+    axes = figure.subplots(*((1, n) if planes else (n, 1)), squeeze=False, sharex=not planes)
     seen, asked = ((batch.observed & mask)[..., :len(names)].numpy() for mask in (~asked, asked))
     # the same colours and marks for the same thing in all pictures
     layers = [("seen", batch.numeric, seen, dict(marker=".", color="black", ms=4)),
@@ -483,9 +470,10 @@ def draw_windows(plt, schema, batch, asked, guesses):
     return figure
 
 
-def draw_lines(plt, x, lines, **labels):
+def draw_lines(Figure, x, lines, **labels):
     """A figure of {name: y} over x, y on a logarithmic scale."""
-    figure, axis = plt.subplots(figsize=(7, 4))
+    figure = Figure(figsize=(7, 4))
+    axis = figure.subplots()
     for name, y in lines.items():
         axis.plot(x, y, marker="." if len(x) < 50 else None, color=COLORS[name], label=name)    # few: dots
     axis.set(yscale="log", **labels)                    # errors differ by factors, not by amounts
@@ -500,10 +488,9 @@ def conclude(model, table, unit, args, device, autocast, history, facts):
     stride = args.eval_stride or max(1, table.seq_len // 4)     # windows overlap: a cell is asked often
     # what is measured, whatever the objective ...
     _, errors, cells, beyond = evaluate(model, table, "test", stride, unit, args, device, autocast)
-    results = {"script": SCRIPT, "data": args.data, **facts, "seed": args.seed}
     # ... and what this objective makes of it
     kept, (axis, cases, curves), drawn = examine(model, table, errors, cells, args)
-    results.update(kept)
+    results = {"script": SCRIPT, "data": args.data, **facts, "seed": args.seed, **kept}
     replace_file(os.path.join(args.out_dir, "results.json"),
                  lambda path: Path(path).write_text(json.dumps(results, indent=1)))
 
@@ -523,22 +510,20 @@ def conclude(model, table, unit, args, device, autocast, history, facts):
 
     # pictures after the tables and results.json: no error of theirs can lose a number
     try:
-        import matplotlib
-        matplotlib.use("Agg")                                       # files, no window
-        import matplotlib.pyplot as plt
+        import matplotlib.figure                                    # and not pyplot: files, no window
     except ImportError:
         print("no pictures without matplotlib: pip install matplotlib")
         return means
     steps = [row["step"] for row in history]                        # a point a log line
     losses = {name: [row[name] for row in history] for name in ("train", "val")}
     curves = {name: means["mse"] for name, means in curves.items()}
+    Figure = matplotlib.figure.Figure
     figures = {
-        "loss.png": draw_lines(plt, steps, losses, xlabel="step", ylabel="loss"),
-        "errors.png": draw_lines(plt, cases, curves, xlabel=axis, ylabel="mean squared error, scaled"),
-        "window.png": draw_windows(plt, table.schema, *drawn)}
+        "loss.png": draw_lines(Figure, steps, losses, xlabel="step", ylabel="loss"),
+        "errors.png": draw_lines(Figure, cases, curves, xlabel=axis, ylabel="mean squared error, scaled"),
+        "window.png": draw_windows(Figure, table.schema, *drawn)}
     for name, figure in figures.items():
         figure.savefig(os.path.join(args.out_dir, name), dpi=120, bbox_inches="tight")
-        plt.close(figure)
         print(f"wrote {os.path.join(args.out_dir, name)}")
     return means
 
@@ -592,13 +577,12 @@ def main(argv=None):
               f"{len(schema['categorical'])} categorical columns, windows of {table.seq_len} rows\n"
               f"{n_params:,} parameters on {device} in {dtype}, from step {step} to {args.max_steps}")
 
-    def keep(*names):
+    def keep(name):
         """Save the run as it stands, and log.csv with it, so that the two always agree."""
         state = {"script": SCRIPT, "model": averaged.state_dict(), "raw": raw.state_dict(),
                  "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "step": step,
                  "best": best, "history": history, "args": vars(args), "schema": schema}
-        for name in names:
-            replace_file(os.path.join(args.out_dir, name), lambda path: torch.save(state, path))
+        replace_file(os.path.join(args.out_dir, name), lambda path: torch.save(state, path))
         write_log(history, args)
 
     def interrupt(*_):
