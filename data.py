@@ -124,8 +124,13 @@ def simulate_sensors(n_rows=40_000, seed=0):
         "humidity": np.nan,                                     # an empty one
     }).round({"speed": 0, "flow": 1, "pressure_in": 3, "pressure_out": 2, "power": 2, "temp_bearing": 1,
               "temp_outlet": 1, "vibration": 3, "temp_ambient": 1})     # as many digits as a display has
+    return spoil(table, rng)
 
-    # what goes wrong on site, column by column: the runs and the single dropouts make 4 to 6 % of holes
+
+def spoil(table, rng):
+    """What goes wrong on site; returns the same DataFrame with it."""
+    n_rows = len(table)
+    # column by column: the runs and the single dropouts make 4 to 6 % of holes
     for name in table.columns[1:-2]:
         holes = rng.random(n_rows) < 0.005
         for start in rng.integers(0, n_rows, n_rows // 2000):

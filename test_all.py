@@ -1223,11 +1223,11 @@ def test_parquet_is_filled_into_a_csv(toy_csv, tmp_path):
                                            spent=pd.to_timedelta(seconds, unit="s"))
     frame.to_parquet(tmp_path / "toy.parquet")
     train(tmp_path / "toy.parquet", tmp_path / "out", "--fill", str(tmp_path / "filled.csv"))
-    filled = pd.read_csv(tmp_path / "filled.csv", parse_dates=["date"], float_precision="round_trip")
+    filled = pd.read_csv(tmp_path / "filled.csv", parse_dates=["date"], dtype={"wave": str})
     assert filled.notna().all(axis=None) and (filled["whole"] == 3).all()
     assert (filled["date"].to_numpy() == frame.index.to_numpy()).all()
     there = frame["wave"].notna().to_numpy()
-    assert np.array_equal(filled["wave"][there], frame["wave"][there])
+    assert np.array_equal(filled["wave"][there].astype(float), frame["wave"][there])           # to the bit
     assert (filled["spent"] == seconds)[~np.isnan(seconds)].all()               # durations, in seconds
 
 

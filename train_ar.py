@@ -37,14 +37,14 @@ from model import Config, TableTransformer, count_scored, first_non_finite, sum_
 SCRIPT = "train_ar"
 
 # -----------------------------------------------------------------------------
-# every knob
+# the knobs of this objective; those of the loop are below, in add_loop_arguments
 
 def get_parser():
     class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
         """Defaults in the help of each flag, and the docstring as it stands."""
     parser = argparse.ArgumentParser(description=__doc__, usage=f"python {SCRIPT}.py [--flag value ...]",
                                      formatter_class=Formatter, allow_abbrev=False)
-    share, count, size = number(float, 0, 1), number(int, 0), number(int, 1)
+    size = number(int, 1)
     add_arguments(parser, "planets")
 
     add = parser.add_argument_group("objective").add_argument
@@ -61,38 +61,7 @@ def get_parser():
     add("--category_weight", type=number(float, 0), default=0.03,
         help="of the categorical cells' loss beside the numeric cells'")
 
-    add = parser.add_argument_group("model").add_argument
-    add("--n_layer", type=size, default=4, help="transformer blocks")
-    add("--n_head", type=size, default=4, help="attention heads")
-    add("--n_embd", type=size, default=128, help="width of the residual stream")
-    add("--dropout", type=share, default=0.0, help="while training")
-
-    add = parser.add_argument_group("optimisation").add_argument
-    add("--batch_size", type=size, default=32, help="windows in a forward pass")
-    add("--grad_accum", type=size, default=1, help="forward passes in a step")
-    add("--max_steps", type=count, default=2000, help="optimiser steps")
-    add("--lr", type=number(float, 0), default=2e-3, help="peak learning rate of AdamW")
-    add("--min_lr", type=number(float, 0), default=5e-5, help="learning rate at the end of the cosine")
-    add("--warmup_steps", type=count, default=100, help="linear warmup")
-    add("--weight_decay", type=number(float, 0), default=0.1, help="of matrices, not of biases and norms")
-    add("--grad_clip", type=number(float, 0), default=1.0, help="largest gradient norm (0: any)")
-    # a large learning rate makes weights swing round a good place; their mean is nearer to it than they are
-    add("--average", type=number(float, 0, 0.5), default=0.0,
-        help="what is evaluated and kept is the mean of the weights over about this last share of the steps")
-    add("--loss", choices=["mse", "huber"], default="mse", help="of numeric cells")
-
-    add = parser.add_argument_group("run").add_argument
-    add("--device", default="auto", help="cpu, cuda, cuda:1, mps; auto is cuda where there is one, else cpu")
-    add("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto",
-        help="of autocast; auto is bfloat16 where the GPU has it, float16 on an older one, float32 on a CPU "
-             "(on one with bfloat16 instructions that pays for wider models, and from --seq_len 1024 on)")
-    add("--compile", action="store_true", help="torch.compile: a wait at first, then faster on a GPU")
-    add("--seed", type=count, default=0, help="of weights, batches and masks")
-    add("--eval_every", type=size, default=100, help="steps from one evaluation (and checkpoint) to the next")
-    add("--eval_stride", type=size, help="rows from one test window to the next (None: seq_len // 4)")
-    add("--log_every", type=size, default=10, help="steps from one log line to the next")
-    add("--out_dir", default=f"out/{SCRIPT}", help="for checkpoints, log.csv, results.json and pictures")
-    add("--resume", action="store_true", help="go on from out_dir/last.pt; flags given here override its own")
+    add_loop_arguments(parser, max_steps=2000)
     return parser
 
 
@@ -226,6 +195,44 @@ EVAL_ROWS = 3072        # in an evaluation batch; fixed, so that its masks do no
 COLORS = {"model": "#0072B2", "linear": "#E69F00", "last": "#009E73", "season": "#CC79A7", "mean": "#999999",
           "val": "#0072B2", "train": "#999999"}             # for the eyes of all (Okabe 2008)
 LOG = ("step", "train", "numeric", "categorical", "val", "lr", "norm", "cells_per_s")
+
+
+def add_loop_arguments(parser, max_steps):
+    """The flags of the model, of its optimisation and of the run."""
+    share, count, size = number(float, 0, 1), number(int, 0), number(int, 1)
+    add = parser.add_argument_group("model").add_argument
+    add("--n_layer", type=size, default=4, help="transformer blocks")
+    add("--n_head", type=size, default=4, help="attention heads")
+    add("--n_embd", type=size, default=128, help="width of the residual stream")
+    add("--dropout", type=share, default=0.0, help="while training")
+
+    add = parser.add_argument_group("optimisation").add_argument
+    add("--batch_size", type=size, default=32, help="windows in a forward pass")
+    add("--grad_accum", type=size, default=1, help="forward passes in a step")
+    add("--max_steps", type=count, default=max_steps, help="optimiser steps")
+    add("--lr", type=number(float, 0), default=2e-3, help="peak learning rate of AdamW")
+    add("--min_lr", type=number(float, 0), default=5e-5, help="learning rate at the end of the cosine")
+    # Adam's averages are worth little before they have seen some steps
+    add("--warmup_steps", type=count, default=100, help="linear warmup")
+    add("--weight_decay", type=number(float, 0), default=0.1, help="of matrices, not of biases and norms")
+    add("--grad_clip", type=number(float, 0), default=1.0, help="largest gradient norm (0: any)")
+    # a large learning rate makes weights swing round a good place; their mean is nearer to it than they are
+    add("--average", type=number(float, 0, 0.5), default=0.0,
+        help="what is evaluated and kept is the mean of the weights over about this last share of the steps")
+    add("--loss", choices=["mse", "huber"], default="mse", help="of numeric cells")
+
+    add = parser.add_argument_group("run").add_argument
+    add("--device", default="auto", help="cpu, cuda, cuda:1, mps; auto is cuda where there is one, else cpu")
+    add("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto",
+        help="of autocast; auto is bfloat16 where the GPU has it, float16 on an older one, float32 on a CPU "
+             "(on one with bfloat16 instructions that pays for wider models, and from --seq_len 1024 on)")
+    add("--compile", action="store_true", help="torch.compile: a wait at first, then faster on a GPU")
+    add("--seed", type=count, default=0, help="of weights, batches and masks")
+    add("--eval_every", type=size, default=100, help="steps from one evaluation (and checkpoint) to the next")
+    add("--eval_stride", type=size, help="rows from one test window to the next (None: seq_len // 4)")
+    add("--log_every", type=size, default=10, help="steps from one log line to the next")
+    add("--out_dir", default=f"out/{SCRIPT}", help="for checkpoints, log.csv, results.json and pictures")
+    add("--resume", action="store_true", help="go on from out_dir/last.pt; flags given here override its own")
 
 
 def pencil_error(table, args):
