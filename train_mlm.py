@@ -275,7 +275,7 @@ def evaluate(model, table, split, stride, unit, args, device, autocast):
     sums of absolute and of squared errors in scaled units, a wrong category counting 1; cells (cases, F), how
     many were scored; and how many lay beyond the clip and so were scored for nobody.
     """
-    model.eval()                                    # no dropout, until the next step
+    model.eval()                                    # no dropout; what is trained is another copy
     cases, beyond = eval_cases(args), 0
     errors = [{} for _ in cases]                    # of each case {method: (2, F)}
     # float64, for float32 cannot count beyond 16.8 million
@@ -515,18 +515,17 @@ def conclude(model, table, unit, args, device, autocast, history, facts):
 
     # pictures after the tables and results.json: no error of theirs can lose a number
     try:
-        import matplotlib.figure                                    # and not pyplot: files, no window
+        from matplotlib.figure import Figure                        # and not pyplot: files, no window
     except ImportError:
         print("no pictures without matplotlib: pip install matplotlib")
         return means
     steps = [row["step"] for row in history]                        # a point a log line
     losses = {name: [row[name] for row in history] for name in ("train", "val")}
     curves = {name: means["mse"] for name, means in curves.items()}
-    Figure = matplotlib.figure.Figure
     figures = {
         "loss.png": draw_lines(Figure, steps, losses, xlabel="step", ylabel="loss"),
         "errors.png": draw_lines(Figure, cases, curves, xlabel=axis, ylabel="mean squared error, scaled"),
-        "window.png": draw_windows(Figure, table.schema, *drawn)}
+        "window.png": draw_windows(Figure, schema, *drawn)}
     for name, figure in figures.items():
         figure.savefig(os.path.join(args.out_dir, name), dpi=120, bbox_inches="tight")
         print(f"wrote {os.path.join(args.out_dir, name)}")
@@ -633,7 +632,6 @@ def main(argv=None):
             break
 
         # one optimiser step
-        model.train()                                           # dropout is on again
         for group in optimizer.param_groups:                    # no scheduler object: a number a step
             group["lr"] = learning_rate(step, args)
         torch.manual_seed(step_generator(args.seed, step, rank).initial_seed())         # for dropout
@@ -655,7 +653,7 @@ def main(argv=None):
         norm = torch.nn.utils.clip_grad_norm_(raw.parameters(), args.grad_clip or math.inf)
         ready = prepare(step + 1)                               # while a GPU is busy with what it was given
         # The one place where a step waits for the GPU, with the copies just made. The norm is that of the
-        # averaged gradients: all ranks stop, or none.
+        # gradients of all ranks together: all stop, or none.
         norm, stop = torch.stack([norm, count[2]]).tolist()
         # float16 overflows now and then, and the scaler halves its scale; below 1 the fault is the model's
         if not math.isfinite(norm) and (not scaler.is_enabled() or scaler.get_scale() < 1):
