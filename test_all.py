@@ -85,7 +85,7 @@ def train(csv, out, *flags, script=train_mlm, pictures=False):
     """A small run; without pictures as on a machine without matplotlib, which is also quicker."""
     with pytest.MonkeyPatch.context() as patch:
         if not pictures:
-            patch.setitem(sys.modules, "matplotlib", None)
+            patch.setitem(sys.modules, "matplotlib.figure", None)
         small = SMALL + AHEAD * (script is train_ar)
         return script.main([*small, "--data", str(csv), *flags, "--out_dir", str(out)])
 
