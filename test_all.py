@@ -1354,7 +1354,7 @@ def hostile_run(seed, folder, checkpoint):
 
 @pytest.mark.parametrize("seeds", [range(30), pytest.param(range(30, 330), marks=slow)])
 def test_hostile_input_ends_well(seeds, finished, tmp_path, capsys, monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     checkpoint, ends = (finished[0] / "last.pt").read_bytes(), []
     for seed in seeds:
         script, flags = hostile_run(seed, tmp_path, checkpoint)
