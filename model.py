@@ -96,7 +96,7 @@ class SelfAttention(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.n_head, self.causal = config.n_head, config.causal
+        self.n_head, self.dropout, self.causal = config.n_head, config.dropout, config.causal
         # no biases in a block: LayerNorm has its own, and these would cost a CPU 4 % of a step
         self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd, bias=False)
         self.proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
@@ -107,9 +107,10 @@ class SelfAttention(nn.Module):
         q, k, v = *rotate(qk, cos, sin).unbind(dim=2), v.squeeze(2)             # (B, T, nh, hs) each
         # heads before rows: given (B, T, nh, hs) the kernel would attend over the heads, without complaint
         q, k, v = (z.transpose(1, 2) for z in (q, k, v))                        # (B, nh, T, hs)
-        # fused softmax(q k^T) v that never holds the T x T weights (Dao 2022); without dropout, for which a
-        # CPU has no fused kernel; a mask or is_causal, never both: create_inputs gives a causal model no mask
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=attend, is_causal=self.causal)
+        # fused softmax(q k^T) v that never holds the T x T weights (Dao 2022); dropout only while training;
+        # a mask or is_causal, never both: create_inputs gives a causal model no mask
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=attend, is_causal=self.causal,
+                                           dropout_p=self.dropout if self.training else 0.0)
         return self.proj(y.transpose(1, 2).reshape(B, T, D))                    # (B, T, D)
 
 
@@ -132,7 +133,7 @@ class Block(nn.Module):
         super().__init__()
         self.norm1, self.attn = nn.LayerNorm(config.n_embd), SelfAttention(config)
         self.norm2, self.mlp = nn.LayerNorm(config.n_embd), MLP(config)
-        self.drop = nn.Dropout(config.dropout)          # of what is added to the stream; only while training
+        self.drop = nn.Dropout(config.dropout)          # of what is added to the stream
 
     def forward(self, x, attend, cos, sin):
         x = x + self.drop(self.attn(self.norm1(x), attend, cos, sin))

@@ -52,7 +52,7 @@ SMALL = ["--n_layer", "1", "--n_head", "2", "--n_embd", "16", "--batch_size", "4
          "--max_steps", "4", "--eval_every", "2", "--log_every", "1", "--warmup_steps", "2",
          "--device", "cpu"]
 AHEAD = ["--given", "4", "--horizons", "1", "3"]            # fits into the 16 rows of SMALL
-EIGHT = ["--max_steps", "8", "--dropout", "0.1", "--average", "0.3"]
+EIGHT = ["--max_steps", "8", "--dropout", "0.1"]
 
 
 # -----------------------------------------------------------------------------
@@ -747,17 +747,6 @@ def test_same_seed_same_bits_and_evaluation_changes_nothing(finished, toy_csv, t
     assert same_bits(weights(finished[0]), weights(tmp_path))
     train(toy_csv, tmp_path, *EIGHT, "--seed", "1")
     assert not same_bits(weights(finished[0]), weights(tmp_path))
-
-
-def test_what_is_kept_is_the_mean_of_the_weights_over_the_last_steps(toy_csv, tmp_path):
-    states = []
-    for flags in (["--max_steps", "0"], ["--max_steps", "1", "--average", "0.25"], ["--max_steps", "3"]):
-        train(toy_csv, tmp_path, *flags)
-        states.append(torch.load(tmp_path / "best.pt", weights_only=True))
-    start, one, without = states
-    for name, kept in one["model"].items():                 # after a step: 0.75 / 1.25 of the way
-        torch.testing.assert_close(kept, torch.lerp(start["model"][name], one["raw"][name], 0.6))
-    assert not same_bits(one["model"], one["raw"]) and same_bits(without["model"], without["raw"])
 
 
 def test_resume_ends_with_the_same_bits(finished, toy_csv, tmp_path, monkeypatch, capsys):

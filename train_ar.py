@@ -13,7 +13,6 @@ Above the marker line stands what is particular to the objective; from there on 
 are the same, line for line. `diff train_mlm.py train_ar.py` shows what an objective is.
 """
 import argparse
-import copy
 import json
 import math
 import os
@@ -216,9 +215,6 @@ def add_loop_arguments(parser, max_steps):
     add("--warmup_steps", type=count, default=100, help="linear warmup")
     add("--weight_decay", type=number(float, 0), default=0.1, help="of matrices, not of biases and norms")
     add("--grad_clip", type=number(float, 0), default=1.0, help="largest gradient norm (0: any)")
-    # a large learning rate makes weights swing round a good place; their mean is nearer to it than they are
-    add("--average", type=number(float, 0, 0.5), default=0.0,
-        help="what is evaluated and kept is the mean of the weights over about this last share of the steps")
     add("--loss", choices=["mse", "huber"], default="mse", help="of numeric cells")
 
     add = parser.add_argument_group("run").add_argument
@@ -277,7 +273,7 @@ def evaluate(model, table, split, stride, unit, args, device, autocast):
     sums of absolute and of squared errors in scaled units, a wrong category counting 1; cells (cases, F), how
     many were scored; and how many lay beyond the clip and so were scored for nobody.
     """
-    model.eval()                                    # no dropout; what is trained is another copy
+    model.eval()                                    # no dropout, until the next step
     cases, beyond = eval_cases(args), 0
     errors = [{} for _ in cases]                    # of each case {method: (2, F)}
     # float64, for float32 cannot count beyond 16.8 million
@@ -359,7 +355,7 @@ def load_checkpoint(path):
     try:
         # first into main memory: a run that began on a GPU can go on without one
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        keys = {"script", "model", "raw", "optimizer", "scaler", "step", "best", "history", "args", "schema"}
+        keys = {"script", "model", "optimizer", "scaler", "step", "best", "history", "args", "schema"}
         if keys <= set(checkpoint) and checkpoint["script"] == SCRIPT:
             return checkpoint
     except Exception:           # half a file and a foreign one raise half a dozen kinds of error
@@ -425,7 +421,7 @@ def explain(model, micro, windows, table, unit, args, autocast):
     yield "look at these rows; try a lower --lr or --clip, more --warmup_steps, --dtype float32; --resume"
 
 
-def restore(checkpoint, raw, averaged, optimizer, scaler, schema, args):
+def restore(checkpoint, model, optimizer, scaler, schema, args):
     """Put a checkpoint back, if it is one of this table and of this model."""
     path = os.path.join(args.out_dir, "last.pt")
     if checkpoint["schema"] != schema:
@@ -433,8 +429,7 @@ def restore(checkpoint, raw, averaged, optimizer, scaler, schema, args):
     for name in ("n_layer", "n_head", "n_embd"):        # --n_head changes no weight's shape, yet the model
         if getattr(args, name) != checkpoint["args"][name]:
             fail(f"{path} holds a model of another shape: --{name} must stay {checkpoint['args'][name]}")
-    averaged.load_state_dict(checkpoint["model"])
-    raw.load_state_dict(checkpoint["raw"])              # in place: the optimiser holds these tensors
+    model.load_state_dict(checkpoint["model"])          # in place: the optimiser holds these tensors
     # what Adam remembers comes from the checkpoint, its settings from the flags
     optimizer.load_state_dict({**optimizer.state_dict(), "state": checkpoint["optimizer"]["state"]})
     if checkpoint["scaler"]:                            # empty unless float16 was used
@@ -555,8 +550,6 @@ def main(argv=None):
         raw = TableTransformer(config).to(device)
     except ValueError as e:
         fail(str(e))
-    # the mean of the weights over the last steps (--average): this is what is evaluated and kept
-    averaged = copy.deepcopy(raw)
     # weight decay draws matrices towards 0, not biases and norms
     groups = [{"params": [p for p in raw.parameters() if p.dim() >= 2], "weight_decay": args.weight_decay},
               {"params": [p for p in raw.parameters() if p.dim() < 2], "weight_decay": 0.0}]
@@ -564,10 +557,10 @@ def main(argv=None):
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=device.type in ("cpu", "cuda"))
     step, best, val, history = 0, math.inf, math.nan, []
     if checkpoint:
-        restore(checkpoint, raw, averaged, optimizer, scaler, schema, args)
+        restore(checkpoint, raw, optimizer, scaler, schema, args)
         step, best, history = checkpoint["step"], checkpoint["best"], checkpoint["history"]
         val = history[-1]["val"] if history else val
-    # `model` may be wrapped for speed; `raw` owns the weights that are trained
+    # `model` may be wrapped for speed; `raw` owns the weights and is what is evaluated and saved
     model = torch.compile(raw) if args.compile else raw
     if world > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
@@ -585,9 +578,9 @@ def main(argv=None):
 
     def keep(name):
         """Save the run as it stands, and log.csv with it, so that the two always agree."""
-        state = {"script": SCRIPT, "model": averaged.state_dict(), "raw": raw.state_dict(),
-                 "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "step": step,
-                 "best": best, "history": history, "args": vars(args), "schema": schema}
+        state = {"script": SCRIPT, "model": raw.state_dict(), "optimizer": optimizer.state_dict(),
+                 "scaler": scaler.state_dict(), "step": step, "best": best, "history": history,
+                 "args": vars(args), "schema": schema}
         replace_file(os.path.join(args.out_dir, name), lambda path: torch.save(state, path))
         write_log(history, args)
 
@@ -614,8 +607,8 @@ def main(argv=None):
     while True:
         # evaluate and save
         if rank == 0 and (step % args.eval_every == 0 or step >= args.max_steps):
-            # not `model`: no wrapper has a say in what is evaluated, and rank 0 may do it alone
-            losses, errors, cells, _ = evaluate(averaged, table, "val", table.seq_len, unit, args, device,
+            # `raw`, not `model`: no wrapper has a say in what is evaluated, and rank 0 may do it alone
+            losses, errors, cells, _ = evaluate(raw, table, "val", table.seq_len, unit, args, device,
                                                 autocast)
             val = float(losses @ weight.cpu())                  # what the training loss is made of, on val
             if history and history[-1]["step"] == step:
@@ -634,6 +627,7 @@ def main(argv=None):
             break
 
         # one optimiser step
+        model.train()                                           # dropout is on again
         for group in optimizer.param_groups:                    # no scheduler object: a number a step
             group["lr"] = learning_rate(step, args)
         torch.manual_seed(step_generator(args.seed, step, rank).initial_seed())         # for dropout
@@ -672,12 +666,6 @@ def main(argv=None):
         scaler.update()                                         # ... and halves the scale
         optimizer.zero_grad(set_to_none=True)                   # frees the memory as well
         step += 1
-        # a running mean that forgets what is older than a share of the steps so far (Shamir 2013, polynomial
-        # decay); --average 0: the weights as they are, to the bit
-        share = (1 - args.average) / (1 + args.average * step)
-        with torch.no_grad():
-            for mean, weights in zip(averaged.parameters(), raw.parameters()):
-                mean.lerp_(weights, share)
 
         # log
         if step % args.log_every == 0 or step in (1, args.max_steps):
@@ -717,8 +705,8 @@ def main(argv=None):
         raise SystemExit(code)
     if rank == 0:                                               # the others have left; the test split is read
         facts = {"steps": step, "seconds": round(time.perf_counter() - began, 1), "n_params": n_params}
-        means = conclude(averaged, table, unit, args, device, autocast, history, facts)
-        apply_to_file(averaged, table, means, args)
+        means = conclude(raw, table, unit, args, device, autocast, history, facts)
+        apply_to_file(raw, table, means, args)
     return history
 
 
