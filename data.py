@@ -1,5 +1,6 @@
 """
-A table becomes tensors. This is the only file that reads tables, and the only one in which a cell is NaN.
+A table becomes tensors, and tensors become a file like yours, or a picture. This is the only file that reads
+tables, and the only one in which a cell is NaN.
 
     python data.py                      # describe the simulated `sensors` table, and print the tiny one
     python data.py --data my.csv        # what was understood of your own file, before anyone trains on it
@@ -671,6 +672,17 @@ def check_target(flag, path, source):
         fail(f"{flag} {path}: what is written is a .csv or a .csv.gz")
 
 
+def replace_file(path, write):
+    """Write beside the file, then rename: whoever kills us finds the old file or the new one, never half."""
+    try:
+        write(path + ".tmp")
+        os.replace(path + ".tmp", path)                 # on one disk this happens whole or not at all
+    except (OSError, RuntimeError) as e:                # RuntimeError: torch, where the disk is full
+        if os.path.exists(path + ".tmp"):
+            os.remove(path + ".tmp")
+        fail(f"{path} cannot be written ({str(e).splitlines()[0]}); what was there before is kept")
+
+
 class Cells:
     """The user's file as text, in the order of the table, and new cells in the manner of its columns."""
 
@@ -733,6 +745,80 @@ class Cells:
                     encoding=self.encoding,
                     compression="gzip" if path.removesuffix(".tmp").endswith(".gz") else None)
 
+
+# -----------------------------------------------------------------------------
+# pictures
+
+COLORS = {"model": "#0072B2", "linear": "#E69F00", "last": "#009E73", "season": "#CC79A7", "mean": "#999999",
+          "val": "#0072B2", "train": "#999999"}             # for the eyes of all (Okabe 2008)
+
+
+def draw_windows(Figure, schema, batch, asked, guesses):
+    """A figure of windows, a Batch, of what was asked, (B, T, F) bool, and of {method: guesses (B, T, N)}: in
+    the plane where columns are named _x and _y, else the four columns of window 0 that move most."""
+    names, rows = schema.numeric, np.arange(batch.valid.shape[1])               # N, (T,)
+    planes = [(name, name[:-1] + "y") for name in names if name[-2:] == "_x" and name[:-1] + "y" in names]
+    seen, asked = ((batch.observed & mask)[..., :len(names)].numpy() for mask in (~asked, asked))
+    first = pd.DataFrame(batch.numeric[0].numpy(), columns=names).where(seen[0] | asked[0])
+    moving = first.std(ddof=0)[asked[0].any(axis=0)].nlargest(4).index      # and have something to guess
+    panels = [(b, planes) for b in range(len(asked))] if planes else [(0, [(None, name)]) for name in moving]
+    n = max(1, len(panels))                             # a table without numbers gets an empty picture
+    figure = Figure(figsize=(9, 3.2 if planes else 1.9 * n), layout="constrained")
+    axes = figure.subplots(*((1, n) if planes else (n, 1)), squeeze=False, sharex=not planes)
+    # the same colours and marks for the same thing in all pictures
+    layers = [("seen", batch.numeric, seen, dict(marker=".", color="black", ms=4)),
+              ("truth", batch.numeric, asked, dict(marker="o", color="black", mfc="none", ms=5))]
+    layers += [(name, x, asked, dict(marker="x" if name != "model" else ".", color=COLORS[name], ms=5))
+               for name, x in guesses.items() if name == "model" or not planes]
+    for axis, (b, curves) in zip(axes.flat, panels):
+        for label, numeric, here, look in layers:
+            values = {None: rows, **schema.decode(numeric[b], batch.categorical[b])}        # own units
+            # dots alone: a line would claim to know what lies between
+            for across, up in curves:
+                mask = here[b, :, names.index(up)]
+                axis.plot(values[across][mask], values[up][mask], ls="",
+                          label=label if up == curves[0][1] else None, **look)
+        axis.set(aspect="equal" if planes else "auto",
+                 ylabel="y" if planes else curves[0][1].replace("$", r"\$"))    # no TeX in column names
+    figure.supxlabel("x" if planes else "row of the window", fontsize="medium")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), ncols=6, loc="outside upper left", frameon=False)
+    return figure
+
+
+def draw_lines(Figure, x, lines, **labels):
+    """A figure of {name: y} over x, y on a logarithmic scale."""
+    figure = Figure(figsize=(7, 4))
+    axis = figure.subplots()
+    for name, y in lines.items():
+        axis.plot(x, y, marker="." if len(x) < 50 else None, color=COLORS[name], label=name)    # few: dots
+    axis.set(yscale="log", **labels)                    # errors differ by factors, not by amounts
+    axis.legend(frameon=False)
+    return figure
+
+
+def draw_pictures(folder, schema, history, curve, windows):
+    """loss.png, errors.png and window.png, or one line where there is no matplotlib.
+
+    history: rows of log.csv; curve and windows: what a script's `examine` returns.
+    """
+    try:
+        from matplotlib.figure import Figure                # and not pyplot: files, no window
+    except ImportError:
+        return print("no pictures without matplotlib: pip install matplotlib")
+    steps = [row["step"] for row in history]                # a point a log line
+    losses = {name: [row[name] for row in history] for name in ("train", "val")}
+    axis, cases, means = curve
+    errors = {name: means[name]["mse"] for name in means}
+    for name, figure in {
+            "loss.png": draw_lines(Figure, steps, losses, xlabel="step", ylabel="loss"),
+            "errors.png": draw_lines(Figure, cases, errors, xlabel=axis, ylabel="mean squared error, scaled"),
+            "window.png": draw_windows(Figure, schema, *windows)}.items():
+        figure.savefig(os.path.join(folder, name), dpi=120, bbox_inches="tight")
+        print(f"wrote {os.path.join(folder, name)}")
+
+
+# -----------------------------------------------------------------------------
+# seeds and flags
 
 def step_generator(*key):
     """A CPU generator seeded by a key such as (seed, step, rank). All that is random in a step comes from one

@@ -1,5 +1,5 @@
 """
-The transformer and its loss. One token is one row of the table.
+The transformer, its loss and its errors. One token is one row of the table.
 
     python model.py             # parameters by part, and one forward pass shape by shape
     python model.py --leaks     # which output rows depend on which input rows, found with autograd
@@ -313,6 +313,66 @@ def sum_losses(guess, targets, unit, loss="mse"):
     return torch.stack([total, entropy])
 
 
+# -----------------------------------------------------------------------------
+# errors, in the units of the table: sums first, means at the end
+
+def tally(errors, name, numeric, ids, targets, dim):
+    """Add what a method got wrong to errors[name], (2, ..., F), summed over `dim` of (B, T, F): absolute and
+    squared errors, a wrong category counting 1."""
+    error = torch.cat([numeric - targets.numeric, ids != targets.categorical], dim=-1)      # (B, T, F)
+    error = torch.where(targets.score, error, 0.0).cpu().double()               # 0 or 1 for a category
+    # sums, not means of batches: the last batch is smaller, and columns differ in holes
+    errors[name] = errors.get(name, 0.0) + torch.stack([error.abs().sum(dim), error.square().sum(dim)])
+
+
+def within_clip(targets, clip):
+    """Targets without the cells beyond the clip, which are no longer the truth; and how many there were."""
+    # padded with False: categories are never beyond it
+    outside = targets.score & F.pad(targets.numeric.abs() >= clip, (0, targets.categorical.shape[-1]))
+    return targets._replace(score=targets.score & ~outside), int(outside.sum())
+
+
+def judge(errors, cells, schema, numeric=None):
+    """Sums of `evaluate` -> {method: {"mse", "mae", "accuracy": the mean of each case}}, None where nothing
+    was scored; of the numeric columns only those listed in `numeric`, if any."""
+    N = len(schema.numeric)                     # before it columns are numbers, from it on categories
+    def mean(sums, columns):                    # over cells: a column full of holes counts for less
+        sums, counts = sums[:, columns].sum(1).tolist(), cells[:, columns].sum(1).tolist()
+        return [s / c if c else None for s, c in zip(sums, counts)]
+    numeric = numeric or slice(N)
+    return {name: {"mse": mean(square, numeric), "mae": mean(absolute, numeric),
+                   "accuracy": mean(cells - square, slice(N, None))}
+            for name, (absolute, square) in errors.items()}
+
+
+def print_table(title, cases, results, measure):
+    """A line a method: its means in `cases`, {heading: index}, and, where there are several, over all."""
+    several = len(results["model"][measure]) > 1                # the mean of one case says nothing new
+    if any(value is not None for value in results["model"][measure]):           # no categories, no table
+        print(f"\n{title:<32}" + "".join(f"{case:>11}" for case in [*cases] + ["mean"] * several))
+        for name, means in results.items():
+            there = [value for value in means[measure] if value is not None]
+            values = [means[measure][i] for i in cases.values()] + [sum(there) / len(there)] * several
+            print(f"{name:<32}" + "".join(f"{'-' if v is None else format(v, '.4g'):>11}" for v in values))
+
+
+def print_columns(errors, cells, schema):
+    """A line a column: its mean absolute error in its own units, over all cases; of a category, which has no
+    distance to the truth, the share that is wrong. Returns {column: {method: that error}}."""
+    print(f"\n{'mean absolute error, own units':<32}" + "".join(f"{name:>11}" for name in errors))
+    means, scales = {}, schema.scale + [1.0] * len(schema.categorical)
+    for j, (name, scale) in enumerate(zip(schema.numeric + schema.categorical, scales)):
+        count = cells[:, j].sum() or math.nan                                   # nan: nothing was scored
+        means[name] = {method: float(e[0, :, j].sum() / count) * scale for method, e in errors.items()}
+        if count > 0:
+            name, values = name + " (share wrong)" * (j >= len(schema.numeric)), means[name].values()
+            print(f"{name:<32}" + "".join(f"{value:>11.4g}" for value in values))
+    return means
+
+
+# -----------------------------------------------------------------------------
+# where a NaN came from
+
 def first_non_finite(model, inputs):
     """The name of the first module whose output for these Inputs is not all finite, or None."""
     names, found = {module: name for name, module in model.named_modules()}, []
@@ -326,6 +386,29 @@ def first_non_finite(model, inputs):
     with torch.no_grad(), nn.modules.module.register_module_forward_hook(look):
         model(inputs)
     return found[0] if found else None
+
+
+def explain(model, micro, windows, table, unit, loss, autocast):
+    """Where a non-finite gradient may come from: lines for stderr."""
+    # what went in, most often the reason: the three columns with the largest numbers, and the row of each
+    numeric = torch.cat([inputs.numeric for inputs, _ in micro]).flatten(0, 1)              # (B*T, N)
+    size = torch.where(numeric.isfinite(), numeric.abs(), math.inf)
+    for j in size.amax(dim=0).argsort(descending=True)[:3].tolist():
+        window, t = divmod(int(size[:, j].argmax()), table.seq_len)
+        row, name = int(torch.cat(windows)[window, 0]) + t, table.schema.numeric[j]
+        yield f"{name}: up to {size[:, j].max():.3g} scaled, in row {row} of the sorted table"
+    model.zero_grad()                                   # clipping has spread the NaN: the batch once more
+    for inputs, targets in micro:
+        with autocast:
+            guess = model(inputs)
+        sum_losses(guess, targets, unit, loss).sum().backward()
+    lost = [n for n, p in model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
+    yield f"gradients of this batch not finite: {', '.join(lost[:3]) or 'none'} ({len(lost)} parameters)"
+    # what came out of which module: the first in the order of the forward pass
+    with autocast:
+        first = [first_non_finite(model, inputs) for inputs, _ in micro]
+    yield f"first output not finite: {next(filter(None, first), 'none, so it is the loss or the way back')}"
+    yield "look at these rows; try a lower --lr or --clip, more --warmup_steps, --dtype float32; --resume"
 
 
 # -----------------------------------------------------------------------------

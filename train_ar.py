@@ -29,9 +29,11 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from data import Cells, add_arguments, check_target, fail, load_table, number, step_generator
+from data import (Cells, add_arguments, check_target, draw_pictures, fail, load_table, number, replace_file,
+                  step_generator)
 from masking import Targets, create_inputs, jitter, move, scorable
-from model import Config, TableTransformer, count_scored, first_non_finite, sum_losses, window_scale
+from model import (Config, TableTransformer, count_scored, explain, judge, print_columns, print_table,
+                   sum_losses, tally, within_clip)
 
 SCRIPT = "train_ar"
 
@@ -191,8 +193,6 @@ def examine(model, table, errors, cells, args):
 # ---- from here to the end train_mlm.py and train_ar.py are the same, line for line ----
 
 EVAL_ROWS = 3072        # in an evaluation batch; fixed, so that its masks do not depend on --batch_size
-COLORS = {"model": "#0072B2", "linear": "#E69F00", "last": "#009E73", "season": "#CC79A7", "mean": "#999999",
-          "val": "#0072B2", "train": "#999999"}             # for the eyes of all (Okabe 2008)
 LOG = ("step", "train", "numeric", "categorical", "val", "lr", "norm", "cells_per_s")
 
 
@@ -249,22 +249,6 @@ def pencil_error(table, args):
     return (square / count.clamp(min=1)).sqrt().clamp(min=0.01)
 
 
-def tally(errors, name, numeric, ids, targets, dim):
-    """Add what a method got wrong to errors[name], (2, ..., F), summed over `dim` of (B, T, F): absolute and
-    squared errors, a wrong category counting 1."""
-    error = torch.cat([numeric - targets.numeric, ids != targets.categorical], dim=-1)      # (B, T, F)
-    error = torch.where(targets.score, error, 0.0).cpu().double()               # 0 or 1 for a category
-    # sums, not means of batches: the last batch is smaller, and columns differ in holes
-    errors[name] = errors.get(name, 0.0) + torch.stack([error.abs().sum(dim), error.square().sum(dim)])
-
-
-def within_clip(targets, clip):
-    """Targets without the cells beyond the clip, which are no longer the truth; and how many there were."""
-    # padded with False: categories are never beyond it
-    outside = targets.score & F.pad(targets.numeric.abs() >= clip, (0, targets.categorical.shape[-1]))
-    return targets._replace(score=targets.score & ~outside), int(outside.sum())
-
-
 @torch.no_grad()
 def evaluate(model, table, split, stride, unit, args, device, autocast):
     """The model and every baseline on a whole split, the same windows and masks every time.
@@ -298,30 +282,6 @@ def evaluate(model, table, split, stride, unit, args, device, autocast):
     return losses, errors, cells, beyond
 
 
-def judge(errors, cells, schema, numeric=None):
-    """Sums of `evaluate` -> {method: {"mse", "mae", "accuracy": the mean of each case}}, None where nothing
-    was scored; of the numeric columns only those listed in `numeric`, if any."""
-    N = len(schema.numeric)                     # before it columns are numbers, from it on categories
-    def mean(sums, columns):                    # over cells: a column full of holes counts for less
-        sums, counts = sums[:, columns].sum(1).tolist(), cells[:, columns].sum(1).tolist()
-        return [s / c if c else None for s, c in zip(sums, counts)]
-    numeric = numeric or slice(N)
-    return {name: {"mse": mean(square, numeric), "mae": mean(absolute, numeric),
-                   "accuracy": mean(cells - square, slice(N, None))}
-            for name, (absolute, square) in errors.items()}
-
-
-def print_table(title, cases, results, measure):
-    """A line a method: its means in `cases`, {heading: index}, and, where there are several, over all."""
-    several = len(results["model"][measure]) > 1                # the mean of one case says nothing new
-    if any(value is not None for value in results["model"][measure]):           # no categories, no table
-        print(f"\n{title:<32}" + "".join(f"{case:>11}" for case in [*cases] + ["mean"] * several))
-        for name, means in results.items():
-            there = [value for value in means[measure] if value is not None]
-            values = [means[measure][i] for i in cases.values()] + [sum(there) / len(there)] * several
-            print(f"{name:<32}" + "".join(f"{'-' if v is None else format(v, '.4g'):>11}" for v in values))
-
-
 def learning_rate(step, args):
     """Linear warmup that starts above 0, then a cosine from --lr to --min_lr at the last step."""
     if step < args.warmup_steps:
@@ -329,17 +289,6 @@ def learning_rate(step, args):
     done = (step - args.warmup_steps) / max(1, args.max_steps - 1 - args.warmup_steps)      # 0 to 1
     low = min(args.min_lr, args.lr)                 # --lr 1e-5 is not meant to rise to --min_lr
     return low + (args.lr - low) * (1 + math.cos(math.pi * min(done, 1.0))) / 2
-
-
-def replace_file(path, write):
-    """Write beside the file, then rename: whoever kills us finds the old file or the new one, never half."""
-    try:
-        write(path + ".tmp")
-        os.replace(path + ".tmp", path)                 # on one disk this happens whole or not at all
-    except (OSError, RuntimeError) as e:                # RuntimeError: torch, where the disk is full
-        if os.path.exists(path + ".tmp"):
-            os.remove(path + ".tmp")
-        fail(f"{path} cannot be written ({str(e).splitlines()[0]}); what was there before is kept")
 
 
 def write_log(history, args):
@@ -398,29 +347,6 @@ def pick_device(args):
     return device, best if args.dtype == "auto" else args.dtype
 
 
-def explain(model, micro, windows, table, unit, args, autocast):
-    """Where a non-finite gradient may come from: lines for stderr."""
-    # what went in, most often the reason: the three columns with the largest numbers, and the row of each
-    numeric = torch.cat([inputs.numeric for inputs, _ in micro]).flatten(0, 1)              # (B*T, N)
-    size = torch.where(numeric.isfinite(), numeric.abs(), math.inf)
-    for j in size.amax(dim=0).argsort(descending=True)[:3].tolist():
-        window, t = divmod(int(size[:, j].argmax()), table.seq_len)
-        row, name = int(torch.cat(windows)[window, 0]) + t, table.schema.numeric[j]
-        yield f"{name}: up to {size[:, j].max():.3g} scaled, in row {row} of the sorted table"
-    model.zero_grad()                                   # clipping has spread the NaN: the batch once more
-    for inputs, targets in micro:
-        with autocast:
-            guess = model(inputs)
-        sum_losses(guess, targets, unit, args.loss).sum().backward()
-    lost = [n for n, p in model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
-    yield f"gradients of this batch not finite: {', '.join(lost[:3]) or 'none'} ({len(lost)} parameters)"
-    # what came out of which module: the first in the order of the forward pass
-    with autocast:
-        first = [first_non_finite(model, inputs) for inputs, _ in micro]
-    yield f"first output not finite: {next(filter(None, first), 'none, so it is the loss or the way back')}"
-    yield "look at these rows; try a lower --lr or --clip, more --warmup_steps, --dtype float32; --resume"
-
-
 def restore(checkpoint, model, optimizer, scaler, schema, args):
     """Put a checkpoint back, if it is one of this table and of this model."""
     path = os.path.join(args.out_dir, "last.pt")
@@ -436,53 +362,6 @@ def restore(checkpoint, model, optimizer, scaler, schema, args):
         scaler.load_state_dict(checkpoint["scaler"])
 
 
-def draw_windows(Figure, schema, batch, asked, guesses):
-    """A figure of windows, a Batch, of what was asked, (B, T, F) bool, and of {method: guesses (B, T, N)}: in
-    the plane where columns are named _x and _y, else the four columns of window 0 that move most."""
-    names, rows = schema.numeric, np.arange(batch.valid.shape[1])               # N, (T,)
-    planes = [(name, name[:-1] + "y") for name in names if name[-2:] == "_x" and name[:-1] + "y" in names]
-    # that move most: by their spread in the window, among those with something to guess
-    moves = window_scale(batch.numeric, batch.observed[..., :len(names)])[1][0, 0]             # (N,)
-    moves = (moves * asked[0, :, :len(names)].any(dim=0)).argsort(descending=True)[:4].tolist()
-    panels = [(b, planes) for b in range(len(asked))] if planes else [(0, [(None, names[j])]) for j in moves]
-    n = max(1, len(panels))                             # a table without numbers gets an empty picture
-    figure = Figure(figsize=(9, 3.2 if planes else 1.9 * n), layout="constrained")
-    axes = figure.subplots(*((1, n) if planes else (n, 1)), squeeze=False, sharex=not planes)
-    seen, asked = ((batch.observed & mask)[..., :len(names)].numpy() for mask in (~asked, asked))
-    # the same colours and marks for the same thing in all pictures
-    layers = [("seen", batch.numeric, seen, dict(marker=".", color="black", ms=4)),
-              ("truth", batch.numeric, asked, dict(marker="o", color="black", mfc="none", ms=5))]
-    layers += [(name, x, asked, dict(marker="x" if name != "model" else ".", color=COLORS[name], ms=5))
-               for name, x in guesses.items() if name == "model" or not planes]
-    for axis, (b, curves) in zip(axes.flat, panels):
-        for label, numeric, here, look in layers:
-            values = schema.decode(numeric[b], batch.categorical[b])            # own units
-            # dots alone: a line would claim to know what lies between
-            for across, up in curves:
-                mask = here[b, :, names.index(up)]
-                axis.plot((rows if across is None else values[across])[mask], values[up][mask], ls="",
-                          label=label if up == curves[0][1] else None, **look)
-        if planes:
-            axis.set(aspect="equal", xlabel="x", ylabel="y")
-        else:
-            axis.set_ylabel(curves[0][1].replace("$", r"\$"))                   # no TeX in column names
-    if not planes:
-        axes[-1, 0].set_xlabel("row of the window")
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), ncols=5, loc="outside upper left", frameon=False)
-    return figure
-
-
-def draw_lines(Figure, x, lines, **labels):
-    """A figure of {name: y} over x, y on a logarithmic scale."""
-    figure = Figure(figsize=(7, 4))
-    axis = figure.subplots()
-    for name, y in lines.items():
-        axis.plot(x, y, marker="." if len(x) < 50 else None, color=COLORS[name], label=name)    # few: dots
-    axis.set(yscale="log", **labels)                    # errors differ by factors, not by amounts
-    axis.legend(frameon=False)
-    return figure
-
-
 def conclude(model, table, unit, args, device, autocast, history, facts):
     """The test split, read once, with the best weights: tables on the screen, results.json and pictures.
     Returns the mean error of each column in own units, {column: {method: error}}."""
@@ -491,41 +370,18 @@ def conclude(model, table, unit, args, device, autocast, history, facts):
     # what is measured, whatever the objective ...
     _, errors, cells, beyond = evaluate(model, table, "test", stride, unit, args, device, autocast)
     # ... and what this objective makes of it
-    kept, (axis, cases, curves), drawn = examine(model, table, errors, cells, args)
+    kept, curve, drawn = examine(model, table, errors, cells, args)
     results = {"script": SCRIPT, "data": args.data, **facts, "seed": args.seed, **kept}
     replace_file(os.path.join(args.out_dir, "results.json"),
                  lambda path: Path(path).write_text(json.dumps(results, indent=1)))
 
     # a squared error in standard deviations means nothing to whoever reads the gauge: back to its units
-    schema = table.schema
-    print(f"\n{'mean absolute error, own units':<32}" + "".join(f"{name:>11}" for name in errors))
-    means, scales = {}, schema.scale + [1.0] * len(schema.categorical)          # {column: {method: error}}
-    for j, (name, scale) in enumerate(zip(schema.numeric + schema.categorical, scales)):
-        count = cells[:, j].sum() or math.nan                                   # nan: nothing was scored
-        means[name] = {method: float(e[0, :, j].sum() / count) * scale for method, e in errors.items()}
-        if count > 0:
-            # a category has no distance to the truth: it is right or wrong
-            name, values = name + " (share wrong)" * (j >= len(schema.numeric)), means[name].values()
-            print(f"{name:<32}" + "".join(f"{value:>11.4g}" for value in values))
+    means = print_columns(errors, cells, table.schema)
     if beyond:
-        print(f"beyond --clip {schema.clip:g} and so scored for nobody, over all windows and rates: {beyond}")
+        print(f"beyond --clip {table.schema.clip:g} and so scored for nobody, over all windows and rates: {beyond}")
 
-    # pictures after the tables and results.json: no error of theirs can lose a number
-    try:
-        from matplotlib.figure import Figure                        # and not pyplot: files, no window
-    except ImportError:
-        print("no pictures without matplotlib: pip install matplotlib")
-        return means
-    steps = [row["step"] for row in history]                        # a point a log line
-    losses = {name: [row[name] for row in history] for name in ("train", "val")}
-    curves = {name: means["mse"] for name, means in curves.items()}
-    figures = {
-        "loss.png": draw_lines(Figure, steps, losses, xlabel="step", ylabel="loss"),
-        "errors.png": draw_lines(Figure, cases, curves, xlabel=axis, ylabel="mean squared error, scaled"),
-        "window.png": draw_windows(Figure, schema, *drawn)}
-    for name, figure in figures.items():
-        figure.savefig(os.path.join(args.out_dir, name), dpi=120, bbox_inches="tight")
-        print(f"wrote {os.path.join(args.out_dir, name)}")
+    # after the tables and results.json: no error in a picture can lose a number
+    draw_pictures(args.out_dir, table.schema, history, curve, drawn)
     return means
 
 
@@ -658,7 +514,7 @@ def main(argv=None):
             if rank == 0 or not running.isfinite().all():       # whose batch was it?
                 print(f"error: step {step}, rank {rank}: the gradient norm is {norm}; stopped before the "
                       f"step, so last.pt and best.pt in {args.out_dir} are sound",
-                      *explain(raw, micro, windows, table, unit, args, autocast), sep="\n  ",
+                      *explain(raw, micro, windows, table, unit, args.loss, autocast), sep="\n  ",
                       file=sys.stderr)
             code = 1
             break
