@@ -841,7 +841,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(when, saved, finished, toy_csv, tmp_
 def test_killed_at_any_moment(kills, toy_csv, tmp_path):
     """SIGKILL at random moments of a run that saves at every step: it goes on and ends with the same bits."""
     rng, out = np.random.default_rng(kills), tmp_path / "killed"
-    flags = [*SMALL, "--max_steps", str(40 * kills), "--eval_every", "1", "--data", toy_csv]
+    flags = [*SMALL, "--max_steps", str(20 * kills), "--eval_every", "1", "--data", toy_csv]
     command = [sys.executable, "train_mlm.py", "--out_dir", str(out)]
     for kill in range(kills + 1):
         last = out / "last.pt"

@@ -375,8 +375,7 @@ def conclude(model, table, unit, args, device, autocast, history, facts):
     # a squared error in standard deviations means nothing to whoever reads the gauge: back to its units
     means = print_columns(errors, cells, table.schema)
     if beyond:
-        print(f"beyond --clip {table.schema.clip:g} and so scored for nobody, over all windows and rates: {beyond}")
-
+        print(f"beyond --clip {args.clip:g} and so scored for nobody, over all windows and rates: {beyond}")
     # after the tables and results.json: no error in a picture can lose a number
     draw_pictures(args.out_dir, table.schema, history, curve, drawn)
     return means
