@@ -11,7 +11,6 @@ defined once, at the top of model.py.
 """
 import argparse
 import ast
-import codecs
 import io
 import os
 import re
@@ -23,7 +22,6 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 import torch
-import torch.nn.functional as F
 from pandas.tseries.api import guess_datetime_format
 
 SENTINEL = 1e30                     # files write "no reading" as -1.18e42; nothing we measure is that big
@@ -60,7 +58,7 @@ class Batch(NamedTuple):
 def lagged(x, tau):
     """First-order lag of x with time constant tau (rows): what a thermometer in a thick pipe reads."""
     kernel = np.exp(-np.arange(int(8 * tau) + 1) / tau)         # what is older than 8 tau has died away
-    padded = np.concatenate([np.full(len(kernel) - 1, x[0]), x])        # as if it had been at x[0] for long
+    padded = np.pad(x, (len(kernel) - 1, 0), mode="edge")       # as if it had been at x[0] for long
     size = 1 << (len(padded) + len(kernel)).bit_length()        # by FFT, since tau may be hundreds of rows
     y = np.fft.irfft(np.fft.rfft(padded, size) * np.fft.rfft(kernel / kernel.sum(), size), size)
     return y[len(kernel) - 1:len(padded)]
@@ -138,8 +136,7 @@ def spoil(table, rng):
             holes[start:start + rng.geometric(1 / 90)] = True           # a minute and a half on average
         table[name] = table[name].mask(holes)
     for start in rng.integers(0, n_rows, 12):                   # a frozen sensor repeats its last value
-        stop = min(start + rng.geometric(1 / 180), n_rows)
-        table.loc[start:stop, "temp_outlet"] = table["temp_outlet"].iloc[start]
+        table.loc[start:start + rng.geometric(1 / 180), "temp_outlet"] = table["temp_outlet"].iloc[start]
     spikes = rng.random(n_rows) < 0.0002
     table.loc[spikes, "pressure_out"] = 40 * rng.random(spikes.sum())           # water hammer
     table.loc[rng.integers(0, n_rows, 15), "flow"] = -1.18e42           # how a logger says "no reading"
@@ -192,7 +189,7 @@ def simulate_systems(n, seed=0):
     (59, 2, 6, n), of star and planets about their centre of mass; how many of the 59 rows count, (n,). A
     planet that does not exist is far away and weighs nothing.
     """
-    rng, i, spare = np.random.default_rng(seed), np.arange(5)[:, None], n + n // 20 + 10
+    rng, i, spare = np.random.default_rng(seed), np.arange(5)[:, None], n + n // 20 + 10   # some are left out
     count, rows = rng.integers(2, 6, spare), rng.integers(30, 60, spare)
     here = i < count                                                            # (5, spare), as most below
     order = np.where(here, rng.random((5, spare)), 2).argsort(axis=0)       # planet 0 need not be innermost
@@ -204,8 +201,8 @@ def simulate_systems(n, seed=0):
     p = axis * (1 - eccentricity ** 2)
     x = p / (1 + eccentricity * np.cos(anomaly)) * np.stack([np.cos(anomaly), np.sin(anomaly)])
     v = np.sqrt((1 + mass) / p) * np.stack([-np.sin(anomaly), eccentricity + np.cos(anomaly)])
-    m = np.concatenate([np.ones((1, spare)), mass])                             # (6, spare), the star first
-    x, v = (np.concatenate([np.zeros((2, 1, spare)), z], axis=1) for z in (x, v))
+    m = np.pad(mass, ((1, 0), (0, 0)), constant_values=1)                       # (6, spare), the star first
+    x, v = (np.pad(z, ((0, 0), (1, 0), (0, 0))) for z in (x, v))                # (2, 6, spare), at the centre
     x, v = (z - (m * z).sum(1, keepdims=True) / m.sum(0) for z in (x, v))
     # a planet at distance 1 goes round in 2 pi, so two to four times; `rows` rows divide that evenly
     x, v = integrate(x, v, m, rng.uniform(15, 24, spare) / (rows - 1), samples=59)
@@ -321,11 +318,12 @@ def read_table(source, read_csv=None, as_text=False):
         fail(f"{source}: several columns are called {table.columns[table.columns.duplicated()][0]!r}")
     if ragged or table.shape[1] == 1 and set(table.columns[0]) & set(";\t|"):
         fail(f"{source}: the columns come out wrong: is the separator another one? --read_csv 'sep=;'")
-    # one word among numbers keeps pandas from reading any of them, and then their decimal commas stay
-    comma = options.get("decimal", ".")
-    for name in table.columns if comma != "." else []:
+    # one word among numbers keeps pandas from reading any of them, and then their commas and points stay
+    comma, point = options.get("decimal", "."), options.get("thousands") or "\0"            # \0: none
+    for name in table.columns if (comma, point) != (".", "\0") else []:
         if pd.api.types.infer_dtype(table[name], skipna=True) == "string":
-            dotted = table[name].str.replace(comma, ".")
+            dotted = table[name].str.replace(rf"{re.escape(point)}(?=\d\d\d\b)", "", regex=True)
+            dotted = dotted.str.replace(comma, ".")
             if pd.to_numeric(dotted, errors="coerce").notna().sum() >= 0.9 * dotted.notna().sum():
                 table[name] = dotted
     return table
@@ -445,7 +443,7 @@ class Schema:
         columns = {name: numeric[..., j].double().numpy() * self.scale[j] + self.center[j]
                    for j, name in enumerate(self.numeric)}
         for k, name in enumerate(self.categorical):
-            labels_by_id = np.array([None, None] + self.vocabulary[k], dtype=object)        # (V_k,)
+            labels_by_id = np.array([None, None, *(self.vocabulary[k] or [None])], dtype=object)    # (V_k,)
             columns[name] = labels_by_id[categorical[..., k].numpy()]
         return columns
 
@@ -486,7 +484,7 @@ def make_clock(keys, cycles):
     if not cycles:                                          # then there may be no time stamps at all
         return np.zeros((len(keys), 0), np.float32)
     # an angle has no midnight at which it jumps, as hours from 0 to 23 do
-    periods, stamps = np.array([CYCLES[cycle] for cycle in cycles]), keys.iloc[:, 0]        # in seconds
+    stamps, periods = keys.iloc[:, 0], np.array([CYCLES[cycle] for cycle in cycles])        # in seconds
     midnight = pd.Timestamp("2000-01-01", tz=stamps.dt.tz)
     angle = 2 * np.pi * (stamps - midnight).dt.total_seconds().to_numpy()[:, None] / periods
     return np.nan_to_num(np.hstack([np.sin(angle), np.cos(angle)])).astype(np.float32)     # NaT: 0
@@ -507,7 +505,7 @@ class Table:
     kinds: dict                 # column of the file -> what it was taken for
     keys: pd.DataFrame          # the time column, if there is one; its index: which row of the file it was
     seq_len: int                # T
-    segments: dict              # split -> (S, 2) int64, [start, end) rows of each sequence that may be read;
+    segments: dict              # split -> (S, 2) int64, [start, end) rows of S sequences that may be read;
                                 # "all" -> every sequence whole
 
     def starts(self, split, stride):
@@ -533,7 +531,7 @@ class Table:
         """(B, 2) windows of `starts` or `sample` -> Batch, padded on the right where a sequence ends."""
         rows = windows[:, :1] + torch.arange(self.seq_len)                      # (B, T)
         valid = rows < windows[:, 1:]
-        rows = torch.where(valid, rows, windows[:, 1:] - 1)                     # any: padding is zeroed
+        rows = torch.minimum(rows, windows[:, 1:] - 1)                          # padding: zeroed below
         real = valid[..., None]                                                 # (B, T, 1)
         return Batch(self.numeric[rows] * real, self.categorical[rows].long() * real,
                      self.observed[rows] & real, valid, self.clock[rows] * real)
@@ -550,7 +548,7 @@ class Table:
         following = start.roll(-1)                          # in the same sequence if it starts before its end
         until = torch.where((following > start) & (following < end),
                             (start + following + self.seq_len) // 2, end)
-        return windows, torch.stack([F.pad(until[:-1], (1, 0)), until], dim=1)
+        return windows, torch.tensor([0, *until.tolist()]).unfold(0, 2, 1)      # each from the last one's end
 
     def coming(self, steps):
         """The keys of the rows that come next, `steps` for each sequence, the time column continued at its
@@ -568,24 +566,21 @@ class Table:
 def encode(table, kinds, schema):
     """DataFrame -> the fields of Table from `numeric` to `keys`. Takes the DataFrame apart column by column,
     so that a big table is not held twice."""
-    n_rows, n_numeric, n_categorical = len(table), len(schema.numeric), len(schema.categorical)
-    # filled in place, column by column: a list of columns, stacked at the end, would be there twice
-    numeric = np.zeros((n_rows, n_numeric), np.float32)
-    categorical = np.zeros((n_rows, n_categorical), np.int32)
-    observed = np.zeros((n_rows, n_numeric + n_categorical), bool)
-    facts = {}                                              # to be printed; --forecast goes on by the step
+    n_rows, N, K = len(table), len(schema.numeric), len(schema.categorical)
+    numeric, categorical = np.zeros((n_rows, N), np.float32), np.zeros((n_rows, K), np.int32)
+    observed, facts = np.zeros((n_rows, N + K), bool), {}   # facts: to be printed; --forecast goes on by them
     for j, name in enumerate(schema.numeric):
         x, repaired = numbers(table.pop(name))              # the last place where a cell is NaN
-        observed[:, j] = ~np.isnan(x)
-        seen = x[observed[:, j]] if observed[:, j].any() else np.full(1, np.nan)        # no mean of nothing
+        here = observed[:, j] = ~np.isnan(x)
+        seen = x[here] if here.any() else x[:1]             # one NaN, for there is no mean of nothing
         facts[name] = [repaired, seen.mean(), seen.std(), seen.min(), seen.max()]
         x = np.clip((x - schema.center[j]) / schema.scale[j], -schema.clip, schema.clip)
-        numeric[:, j] = np.where(observed[:, j], x, 0.0)    # all in float64 up to here, where it is cast
+        numeric[:, j] = np.where(here, x, 0.0)              # all in float64 up to here, where it is cast
     for k, name in enumerate(schema.categorical):
         text = labels(table.pop(name))
         code = pd.Index(schema.vocabulary[k], dtype="string").get_indexer(text)     # -1: not in train, UNK_ID
-        observed[:, n_numeric + k] = text.notna()
-        categorical[:, k] = np.where(observed[:, n_numeric + k], code + 2, MASK_ID)
+        here = observed[:, N + k] = text.notna()
+        categorical[:, k] = np.where(here, code + 2, MASK_ID)
     group, time = ([name for name in kinds if kinds[name] == kind] for kind in ("group", "time"))
     keys = table[time]
     for name in keys:
@@ -595,15 +590,16 @@ def encode(table, kinds, schema):
     return [*map(torch.from_numpy, (numeric, categorical, observed, clock)), facts, kinds, keys]
 
 
-def split_counts(split, n, what, args):
-    """Three fractions, or three counts -> three counts of n rows (or groups); what is over stays unused."""
+def split_counts(n, what, args):
+    """--split -> three counts of n rows (or groups); what is over stays unused."""
+    split = args.split
     if sum(split) <= 1 + 1e-6:                              # 0.7 + 0.15 + 0.15 is a little more than 1
         # edges are rounded, not counts, so that nothing is lost between the parts
-        edges = [round(n * sum(split[:i]) + 1e-9) for i in range(4)]
-        counts = [b - a for a, b in zip(edges, edges[1:])]
+        counts = np.diff([round(n * sum(split[:i]) + 1e-9) for i in range(4)])
         for i in range(3):                                  # of a few groups none rounds to nothing
             if split[i] and not counts[i] and n >= 3:
-                counts[i], counts[np.argmax(counts)] = 1, max(counts) - 1
+                counts[np.argmax(counts)] -= max(counts) > 1
+                counts[i] = 1
     elif any(c % 1 for c in split):                         # 0.9 0.15 0.15: neither shares nor counts
         fail(f"--split {split}: fractions must not exceed 1 together")
     else:
@@ -626,11 +622,11 @@ def split_rows(lengths, args):
     ends = np.cumsum(lengths)                                                   # (groups,)
     ranges = np.stack([ends - lengths, ends], axis=1)                           # (groups, 2)
     if len(lengths) == 1:
-        a, b, c = np.cumsum(split_counts(args.split, int(lengths[0]), "rows", args))
+        a, b, c = np.cumsum(split_counts(int(lengths[0]), "rows", args))
         seq_len = int(min(args.seq_len, a))                 # so a - seq_len is a row
         parts = [[(0, a)], [(a - seq_len, b)], [(b - seq_len, c)]]
     else:
-        a, b, c = np.cumsum(split_counts(args.split, len(lengths), "groups", args))
+        a, b, c = np.cumsum(split_counts(len(lengths), "groups", args))
         # not the first groups to train on: files are sorted, and the last wells are the newest
         order = np.random.default_rng(0).permutation(len(lengths))
         parts = [ranges[np.sort(order[lo:hi])] for lo, hi in ((0, a), (a, b), (b, c))]
@@ -640,7 +636,7 @@ def split_rows(lengths, args):
 
 
 def load_table(args, table=None):
-    """args: the flags of `add_arguments`; table: a DataFrame to use instead of args.data. Returns a Table."""
+    """args: the flags of `make_parser`; table: a DataFrame to use instead of args.data. Returns a Table."""
     table = read_table(args.data, args.read_csv) if table is None else table.reset_index(drop=True)
     kinds = infer_kinds(table, args)
     group, time = ([name for name in kinds if kinds[name] == kind] for kind in ("group", "time"))
@@ -659,7 +655,7 @@ def load_table(args, table=None):
 
 
 # -----------------------------------------------------------------------------
-# and back: a file as it was, with some cells of our own
+# and back: files, whole or not at all; the user's own as it was, with some cells of our own
 
 def check_target(flag, path, source):
     """Before minutes of training: can `path` be written, and is it another file than the one that is read?"""
@@ -695,13 +691,13 @@ class Cells:
         self.header = dict(zip(self.text, self.text))       # name to us -> name in the file
         self.encoding = self.options.get("encoding", "utf-8")
         renamed = {"header", "names", "usecols", "index_col"} & {*self.options}
-        if os.path.exists(args.data) and not args.data.endswith(".parquet") and not renamed:
+        if os.path.isfile(args.data) and not args.data.endswith(".parquet") and not renamed:
             # pandas renames columns that are called alike or not at all, and hides Excel's byte order mark
             options = read_options(args.read_csv, as_text=True) | {"header": None, "nrows": 1}
             options.pop("skipfooter", None)                     # which does not go with nrows
             self.header = dict(zip(self.text, pd.read_csv(args.data, **options).iloc[0]))
             with open(args.data, "rb") as file:
-                self.encoding = "utf-8-sig" if file.read(3) == codecs.BOM_UTF8 else self.encoding
+                self.encoding = "utf-8-sig" if file.read(3) == b"\xef\xbb\xbf" else self.encoding
 
     def like(self, name, values):
         """Scaled values or ids, (n,), as n texts: numbers with as many decimals as their column has, whole
@@ -754,8 +750,9 @@ COLORS = {"model": "#0072B2", "linear": "#E69F00", "last": "#009E73", "season": 
 
 
 def draw_windows(Figure, schema, batch, asked, guesses):
-    """A figure of windows, a Batch, of what was asked, (B, T, F) bool, and of {method: guesses (B, T, N)}: in
-    the plane where columns are named _x and _y, else the four columns of window 0 that move most."""
+    """Windows of a Batch: what was seen, what was asked, (B, T, F) bool, and {method: guesses (B, T, N)}.
+    Columns named _x and _y are drawn in the plane, else the four of window 0 that move most, over its rows.
+    Figure: matplotlib's, handed in, since matplotlib may be missing."""
     names, rows = schema.numeric, np.arange(batch.valid.shape[1])               # N, (T,)
     planes = [(name, name[:-1] + "y") for name in names if name[-2:] == "_x" and name[:-1] + "y" in names]
     seen, asked = ((batch.observed & mask)[..., :len(names)].numpy() for mask in (~asked, asked))
@@ -805,12 +802,11 @@ def draw_pictures(folder, schema, history, curve, windows):
         from matplotlib.figure import Figure                # and not pyplot: files, no window
     except ImportError:
         return print("no pictures without matplotlib: pip install matplotlib")
-    steps = [row["step"] for row in history]                # a point a log line
-    losses = {name: [row[name] for row in history] for name in ("train", "val")}
+    log = pd.DataFrame(history, columns=["step", "train", "val"])           # a point a log line
     axis, cases, means = curve
     errors = {name: means[name]["mse"] for name in means}
     for name, figure in {
-            "loss.png": draw_lines(Figure, steps, losses, xlabel="step", ylabel="loss"),
+            "loss.png": draw_lines(Figure, log["step"], log[["train", "val"]], xlabel="step", ylabel="loss"),
             "errors.png": draw_lines(Figure, cases, errors, xlabel=axis, ylabel="mean squared error, scaled"),
             "window.png": draw_windows(Figure, schema, *windows)}.items():
         figure.savefig(os.path.join(folder, name), dpi=120, bbox_inches="tight")
@@ -818,7 +814,7 @@ def draw_pictures(folder, schema, history, curve, windows):
 
 
 # -----------------------------------------------------------------------------
-# seeds and flags
+# seeds, flags, and what this file prints when run by itself
 
 def step_generator(*key):
     """A CPU generator seeded by a key such as (seed, step, rank). All that is random in a step comes from one
@@ -839,8 +835,13 @@ def number(kind, low, high=2.0 ** 53, inside=False):
     return parse
 
 
-def add_arguments(parser, source):
-    """The flags that say what the table is; shared by this file and the two training scripts."""
+def make_parser(doc, script, source):
+    """A parser with the flags that say what the table is, for this file and the two training scripts."""
+    # no config files: `--help` is the documentation, and a misspelt flag is an error
+    class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+        """Defaults in the help of each flag, and the docstring as it stands."""
+    parser = argparse.ArgumentParser(description=doc, usage=f"python {script}.py [--flag value ...]",
+                                     formatter_class=Formatter, allow_abbrev=False)
     add = parser.add_argument_group("data").add_argument
     add("--data", default=source, help=f".csv, .csv.gz or .parquet, or simulated: {', '.join(SIMULATIONS)}")
     add("--read_csv", metavar="OPTIONS", help='for pandas.read_csv, such as "sep=; decimal=,"')
@@ -855,15 +856,14 @@ def add_arguments(parser, source):
         help="by mean and std, by median and IQR, or own units, only centred (then mind --clip)")
     add("--clip", type=number(float, 0, inside=True), default=10.0, help="scaled values are cut to +- this")
     add("--seq_len", type=number(int, 1), default=96, help="T, rows of a window")
+    return parser
 
 
 def tiny_batch():
     """The tiny table as a Table whose ten rows are all train rows, and its two sequences as one Batch: what
     this file, masking.py and model.py print when run by themselves, so that one cell can be followed through
     all three."""
-    parser = argparse.ArgumentParser()
-    add_arguments(parser, "the tiny table")
-    args = parser.parse_args(["--group_col", "room"])
+    args = make_parser(None, "data", "the tiny table").parse_args(["--group_col", "room"])
     frame = tiny_table()
     kinds = infer_kinds(frame, args)
     schema = fit_schema(frame, kinds, np.ones(len(frame), bool), args)
@@ -920,15 +920,11 @@ def describe(table, args):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, usage="python data.py [--flag value ...]",
-                                     formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    add_arguments(parser, "sensors")
-    args = parser.parse_args()
+    args = make_parser(__doc__, "data", "sensors").parse_args()
     describe(load_table(args), args)
-    if args.data not in SIMULATIONS:
-        sys.exit()
-    table, batch = tiny_batch()
-    print(f"\nthe tiny table in its own units, and\n{tiny_table().to_string(index=False)}\n\n"
-          "as one batch: scaled, categories as ids, ? where nothing was observed")
-    print(show(table.schema, batch.numeric, batch.categorical, batch.observed, batch.valid))
-    print("\n".join(f"{name:<12}{tuple(x.shape)!s:<12}{x.dtype}" for name, x in batch._asdict().items()))
+    if args.data in SIMULATIONS:
+        table, batch = tiny_batch()
+        print(f"\nthe tiny table in its own units, and\n{tiny_table().to_string(index=False)}\n\n"
+              "as one batch: scaled, categories as ids, ? where nothing was observed")
+        print(show(table.schema, batch.numeric, batch.categorical, batch.observed, batch.valid))
+        print("\n".join(f"{name:<12}{tuple(x.shape)!s:<12}{x.dtype}" for name, x in batch._asdict().items()))

@@ -121,9 +121,8 @@ def bert_style_masking(numeric, categorical, observed, hidden, generator, mask_s
         lent[row[here], j[here]] = lent[lender[here], j[here]]
         return lent.view(values.shape)
 
-    numeric = lend(numeric, column < n_numeric, column)
-    categorical = lend(categorical, column >= n_numeric, column - n_numeric)
-    return numeric, categorical.masked_fill(masked[..., n_numeric:], 0), observed & ~masked
+    return (lend(numeric, column < n_numeric, column),
+            lend(categorical, column >= n_numeric, column - n_numeric), observed & ~masked)
 
 
 def mix_up(batch, most, generator):

@@ -222,10 +222,8 @@ class TableTransformer(nn.Module):
         for name, p in self.named_parameters():
             if p.dim() == 2:    # "proj" adds to the stream, 2 n_layer times: smaller, to keep its size
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer) if "proj" in name else 0.02)
-            elif name.endswith("bias"):
-                nn.init.zeros_(p)
-        nn.init.zeros_(self.head.weight)
-        nn.init.zeros_(self.embed.categories.weight[0])                         # [UNK]
+        for zero in (self.head.weight, self.head.bias, self.embed.categories.weight[0]):        # last: [UNK]
+            nn.init.zeros_(zero)
 
     def features(self, inputs):
         """Inputs -> what the model makes of each row, the residual stream after the last norm, (B, T, D); and
@@ -265,22 +263,22 @@ class TableTransformer(nn.Module):
         """
         B, _, N = batch.numeric.shape
         each = torch.arange(B)[:, None]                                         # (B, 1)
-        length, ever = batch.valid.sum(dim=1), batch.observed.any(dim=1)        # (B,), (B, F)
+        length = batch.valid.sum(dim=1, keepdim=True)                           # (B, 1)
+        ever = batch.observed.any(dim=1, keepdim=True)                          # (B, 1, F)
         # room for what is to come, at the right end of each
         whole = type(batch)(*(torch.cat([x, x.new_zeros(B, steps, *x.shape[2:])], dim=1) for x in batch))
-        future = length[:, None] + torch.arange(steps)                          # (B, steps)
+        future = length + torch.arange(steps)                                   # (B, steps)
         whole.clock[each, future] = clock
-        for end in future.T:                                                    # (B,) where a row is missing
+        for end in future.split(1, dim=1):                                  # (B, 1), where a row is due
             # the T rows before it, or fewer where the longest history has fewer
             size = min(int(end.max()), self.config.seq_len)
             start = (end - size).clamp(min=0)
-            window = type(batch)(*(x[each, start[:, None] + torch.arange(size)] for x in whole))
-            here = each[:, 0], end
+            window = type(batch)(*(x[each, start + torch.arange(size)] for x in whole))
             # the whole window is run again for each row: no cache of keys and values, to stay readable
             numeric, ids = (predict or self.predict)(create_inputs(window, window.observed, causal=True))
-            whole.numeric[here] = numeric[each[:, 0], end - start - 1] * ever[:, :N]
-            whole.categorical[here] = ids[each[:, 0], end - start - 1] * ever[:, N:]
-            whole.observed[here], whole.valid[here] = ever, True        # from now on it counts as seen
+            whole.numeric[each, end] = numeric[each, end - start - 1] * ever[..., :N]
+            whole.categorical[each, end] = ids[each, end - start - 1] * ever[..., N:]
+            whole.observed[each, end], whole.valid[each, end] = ever, True      # counts as seen now
         return type(batch)(*(x[each, future] for x in whole))
 
 
@@ -314,13 +312,13 @@ def sum_losses(guess, targets, unit, loss="mse"):
 
 
 # -----------------------------------------------------------------------------
-# errors, in the units of the table: sums first, means at the end
+# errors, scaled, and a line a column in units of the table: sums first, means at the end
 
 def tally(errors, name, numeric, ids, targets, dim):
     """Add what a method got wrong to errors[name], (2, ..., F), summed over `dim` of (B, T, F): absolute and
     squared errors, a wrong category counting 1."""
-    error = torch.cat([numeric - targets.numeric, ids != targets.categorical], dim=-1)      # (B, T, F)
-    error = torch.where(targets.score, error, 0.0).cpu().double()               # 0 or 1 for a category
+    error = torch.cat([numeric - targets.numeric, ids != targets.categorical], dim=-1)  # a category: 0 or 1
+    error = torch.where(targets.score, error, 0.0).cpu().double()               # (B, T, F)
     # sums, not means of batches: the last batch is smaller, and columns differ in holes
     errors[name] = errors.get(name, 0.0) + torch.stack([error.abs().sum(dim), error.square().sum(dim)])
 
@@ -333,8 +331,9 @@ def within_clip(targets, clip):
 
 
 def judge(errors, cells, schema, numeric=None):
-    """Sums of `evaluate` -> {method: {"mse", "mae", "accuracy": the mean of each case}}, None where nothing
-    was scored; of the numeric columns only those listed in `numeric`, if any."""
+    """What `tally` summed, errors {method: (2, cases, F)}, and cells (cases, F), how many were scored ->
+    {method: {"mse", "mae", "accuracy": the mean of each case}}, None where nothing was scored; of the
+    numeric columns only those listed in `numeric`, if any."""
     N = len(schema.numeric)                     # before it columns are numbers, from it on categories
     def mean(sums, columns):                    # over cells: a column full of holes counts for less
         sums, counts = sums[:, columns].sum(1).tolist(), cells[:, columns].sum(1).tolist()
@@ -389,7 +388,8 @@ def first_non_finite(model, inputs):
 
 
 def explain(model, micro, windows, table, unit, loss, autocast):
-    """Where a non-finite gradient may come from: lines for stderr."""
+    """Where a non-finite gradient may come from: lines for stderr. micro: (Inputs, Targets) of each forward
+    pass of the step; windows: the (B, 2) rows that each was cut from, as in Table.sample."""
     # what went in, most often the reason: the three columns with the largest numbers, and the row of each
     numeric = torch.cat([inputs.numeric for inputs, _ in micro]).flatten(0, 1)              # (B*T, N)
     size = torch.where(numeric.isfinite(), numeric.abs(), math.inf)

@@ -12,7 +12,6 @@ Autoregression on a table that changes over time: see the rows so far, learn to 
 Above the marker line stands what is particular to the objective; from there on train_mlm.py and train_ar.py
 are the same, line for line. `diff train_mlm.py train_ar.py` shows what an objective is.
 """
-import argparse
 import json
 import math
 import os
@@ -23,13 +22,11 @@ from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 
-from data import (Cells, add_arguments, check_target, draw_pictures, fail, load_table, number, replace_file,
+from data import (Cells, check_target, draw_pictures, fail, load_table, make_parser, number, replace_file,
                   step_generator)
 from masking import Targets, create_inputs, jitter, move, scorable
 from model import (Config, TableTransformer, count_scored, explain, judge, print_columns, print_table,
@@ -41,12 +38,8 @@ SCRIPT = "train_ar"
 # the knobs of this objective; those of the loop are below, in add_loop_arguments
 
 def get_parser():
-    class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-        """Defaults in the help of each flag, and the docstring as it stands."""
-    parser = argparse.ArgumentParser(description=__doc__, usage=f"python {SCRIPT}.py [--flag value ...]",
-                                     formatter_class=Formatter, allow_abbrev=False)
+    parser = make_parser(__doc__, SCRIPT, "planets")
     size = number(int, 1)
-    add_arguments(parser, "planets")
 
     add = parser.add_argument_group("objective").add_argument
     # who rolls out goes on from its own rows, so training should meet rows that are slightly off
@@ -99,7 +92,7 @@ def check(args, table):
 # your own file: the rows that come next
 
 def apply_to_file(model, table, means, args):
-    """--forecast: write the rows that come next in each sequence. means: {column: {method: test error}}."""
+    """--forecast: write the rows that come next in each sequence. means: the twin's --fill prints them."""
     if not args.forecast:
         return
     schema, steps = table.schema, args.forecast
@@ -113,7 +106,7 @@ def apply_to_file(model, table, means, args):
     for name, said, there in zip(schema.numeric + schema.categorical, [*rows.numeric.T, *rows.categorical.T],
                                  (rows.observed & table.learnt()).T):           # (sequences * steps,)
         if there.any():                                     # else there is no manner to write it in
-            text[name] = np.where(there, cells.like(name, said), "")    # a planet not there will not come
+            text.loc[there.numpy(), name] = cells.like(name, said[there])       # no planet that was not there
     for name in keys:
         text[name] = cells.stamps(name, keys[name]).to_numpy()
         print(f"\n{name} goes on at its median step, {table.facts[name][2]}, "
@@ -250,7 +243,7 @@ def pencil_error(table, args):
 
 
 @torch.no_grad()
-def evaluate(model, table, split, stride, unit, args, device, autocast):
+def evaluate(model, table, split, stride, unit, args, autocast):
     """The model and every baseline on a whole split, the same windows and masks every time.
 
     Returns losses (2,), numeric and categorical, the mean over the cases; errors {method: (2, cases, F)},
@@ -266,7 +259,7 @@ def evaluate(model, table, split, stride, unit, args, device, autocast):
         generator, sums, counts = step_generator(0, i), 0.0, 0.0        # of its own: the same masks always
         for windows in table.starts(split, stride).split(max(1, EVAL_ROWS // table.seq_len)):
             inputs, targets = objective(table.batch(windows), args, generator, case=case)
-            inputs, targets = move(inputs, device), move(targets, device)
+            inputs, targets = move(inputs, unit.device), move(targets, unit.device)
             # what was cut to the clip has lost its truth, so it is no question for anyone
             targets, n_outside = within_clip(targets, table.schema.clip)
             with autocast:
@@ -362,13 +355,13 @@ def restore(checkpoint, model, optimizer, scaler, schema, args):
         scaler.load_state_dict(checkpoint["scaler"])
 
 
-def conclude(model, table, unit, args, device, autocast, history, facts):
+def conclude(model, table, unit, args, autocast, history, facts):
     """The test split, read once, with the best weights: tables on the screen, results.json and pictures.
     Returns the mean error of each column in own units, {column: {method: error}}."""
     model.load_state_dict(load_checkpoint(os.path.join(args.out_dir, "best.pt"))["model"])
     stride = args.eval_stride or max(1, table.seq_len // 4)     # windows overlap: a cell is asked often
     # what is measured, whatever the objective ...
-    _, errors, cells, beyond = evaluate(model, table, "test", stride, unit, args, device, autocast)
+    _, errors, cells, beyond = evaluate(model, table, "test", stride, unit, args, autocast)
     # ... and what this objective makes of it
     kept, curve, drawn = examine(model, table, errors, cells, args)
     results = {"script": SCRIPT, "data": args.data, **facts, "seed": args.seed, **kept}
@@ -463,8 +456,7 @@ def main(argv=None):
         # evaluate and save
         if rank == 0 and (step % args.eval_every == 0 or step >= args.max_steps):
             # `raw`, not `model`: no wrapper has a say in what is evaluated, and rank 0 may do it alone
-            losses, errors, cells, _ = evaluate(raw, table, "val", table.seq_len, unit, args, device,
-                                                autocast)
+            losses, errors, cells, _ = evaluate(raw, table, "val", table.seq_len, unit, args, autocast)
             val = float(losses @ weight.cpu())                  # what the training loss is made of, on val
             if history and history[-1]["step"] == step:
                 history[-1]["val"] = val                        # the row was logged before we knew
@@ -488,7 +480,7 @@ def main(argv=None):
         torch.manual_seed(step_generator(args.seed, step, rank).initial_seed())         # for dropout
         micro, windows = ready or prepare(step)
         count = sum(count_scored(targets) for _, targets in micro)              # (2,) cells of the whole step
-        count = F.pad(count, (0, 1), value=float(interrupted))                  # (3,)
+        count = torch.nn.functional.pad(count, (0, 1), value=float(interrupted))        # (3,)
         if world > 1:
             dist.all_reduce(count)                              # ... of all ranks; and was any interrupted?
         for i, (inputs, targets) in enumerate(micro):
@@ -560,7 +552,7 @@ def main(argv=None):
         raise SystemExit(code)
     if rank == 0:                                               # the others have left; the test split is read
         facts = {"steps": step, "seconds": round(time.perf_counter() - began, 1), "n_params": n_params}
-        means = conclude(raw, table, unit, args, device, autocast, history, facts)
+        means = conclude(raw, table, unit, args, autocast, history, facts)
         apply_to_file(raw, table, means, args)
     return history
 

@@ -12,7 +12,6 @@ Masked modelling on a table that changes over time: hide some cells, learn to fi
 Above the marker line stands what is particular to the objective; from there on train_mlm.py and train_ar.py
 are the same, line for line. `diff train_mlm.py train_ar.py` shows what an objective is.
 """
-import argparse
 import json
 import math
 import os
@@ -26,9 +25,8 @@ from pathlib import Path
 import pandas as pd
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 
-from data import (UNK_ID, Cells, add_arguments, check_target, draw_pictures, fail, load_table, number,
+from data import (UNK_ID, Cells, check_target, draw_pictures, fail, load_table, make_parser, number,
                   replace_file, step_generator)
 from masking import (Targets, bert_style_masking, create_inputs, create_masks, get_mask_probability, mix_up,
                      move, pencil_category, pencil_in, scorable)
@@ -41,13 +39,8 @@ SCRIPT = "train_mlm"
 # the knobs of this objective; those of the loop are below, in add_loop_arguments
 
 def get_parser():
-    # no config files: `--help` is the documentation, and a misspelt flag is an error
-    class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-        """Defaults in the help of each flag, and the docstring as it stands."""
-    parser = argparse.ArgumentParser(description=__doc__, usage=f"python {SCRIPT}.py [--flag value ...]",
-                                     formatter_class=Formatter, allow_abbrev=False)
+    parser = make_parser(__doc__, SCRIPT, "sensors")
     share, rate = number(float, 0, 1), number(float, 0, 1, inside=True)         # with and without the ends
-    add_arguments(parser, "sensors")
 
     add = parser.add_argument_group("objective").add_argument
     add("--mask_prob", type=rate, default=0.3, help="share of the observed cells hidden in training")
@@ -96,6 +89,7 @@ def apply_to_file(model, table, means, args):
     """--fill: write the table with a value in every hole. means: {column: {method: mean error on test}}."""
     if not args.fill:
         return
+    # EVAL_ROWS, below the marker: as many rows as an evaluation takes at once
     schema, windows = table.schema, max(1, EVAL_ROWS // table.seq_len)
     names, learnt, parts = schema.numeric + schema.categorical, table.learnt().tolist(), []
     for these, owned in zip(*(x.split(windows) for x in table.owners())):
@@ -182,7 +176,7 @@ def examine(model, table, errors, cells, args):
         print_table("accuracy of categories" + ", runs" * (style == "span"), shares, test[style], "accuracy")
     windows = table.starts("test", table.seq_len)
     batch = table.batch(windows[len(windows) // 2:][:3])                        # from the middle of the split
-    inputs, targets = objective(batch, args, step_generator(0), case=(args.mask_style, 0.3))
+    inputs, targets = objective(batch, args, step_generator(0), case=(args.mask_style, min(0.3, max(rates))))
     return ({"eval_mask_probs": rates, "test": test}, ("share of cells hidden", rates, test[args.mask_style]),
             (batch, targets.score, {"linear": inputs.pencil, "model": model.predict(inputs)[0]}))
 
@@ -247,7 +241,7 @@ def pencil_error(table, args):
 
 
 @torch.no_grad()
-def evaluate(model, table, split, stride, unit, args, device, autocast):
+def evaluate(model, table, split, stride, unit, args, autocast):
     """The model and every baseline on a whole split, the same windows and masks every time.
 
     Returns losses (2,), numeric and categorical, the mean over the cases; errors {method: (2, cases, F)},
@@ -263,7 +257,7 @@ def evaluate(model, table, split, stride, unit, args, device, autocast):
         generator, sums, counts = step_generator(0, i), 0.0, 0.0        # of its own: the same masks always
         for windows in table.starts(split, stride).split(max(1, EVAL_ROWS // table.seq_len)):
             inputs, targets = objective(table.batch(windows), args, generator, case=case)
-            inputs, targets = move(inputs, device), move(targets, device)
+            inputs, targets = move(inputs, unit.device), move(targets, unit.device)
             # what was cut to the clip has lost its truth, so it is no question for anyone
             targets, n_outside = within_clip(targets, table.schema.clip)
             with autocast:
@@ -359,13 +353,13 @@ def restore(checkpoint, model, optimizer, scaler, schema, args):
         scaler.load_state_dict(checkpoint["scaler"])
 
 
-def conclude(model, table, unit, args, device, autocast, history, facts):
+def conclude(model, table, unit, args, autocast, history, facts):
     """The test split, read once, with the best weights: tables on the screen, results.json and pictures.
     Returns the mean error of each column in own units, {column: {method: error}}."""
     model.load_state_dict(load_checkpoint(os.path.join(args.out_dir, "best.pt"))["model"])
     stride = args.eval_stride or max(1, table.seq_len // 4)     # windows overlap: a cell is asked often
     # what is measured, whatever the objective ...
-    _, errors, cells, beyond = evaluate(model, table, "test", stride, unit, args, device, autocast)
+    _, errors, cells, beyond = evaluate(model, table, "test", stride, unit, args, autocast)
     # ... and what this objective makes of it
     kept, curve, drawn = examine(model, table, errors, cells, args)
     results = {"script": SCRIPT, "data": args.data, **facts, "seed": args.seed, **kept}
@@ -460,8 +454,7 @@ def main(argv=None):
         # evaluate and save
         if rank == 0 and (step % args.eval_every == 0 or step >= args.max_steps):
             # `raw`, not `model`: no wrapper has a say in what is evaluated, and rank 0 may do it alone
-            losses, errors, cells, _ = evaluate(raw, table, "val", table.seq_len, unit, args, device,
-                                                autocast)
+            losses, errors, cells, _ = evaluate(raw, table, "val", table.seq_len, unit, args, autocast)
             val = float(losses @ weight.cpu())                  # what the training loss is made of, on val
             if history and history[-1]["step"] == step:
                 history[-1]["val"] = val                        # the row was logged before we knew
@@ -485,7 +478,7 @@ def main(argv=None):
         torch.manual_seed(step_generator(args.seed, step, rank).initial_seed())         # for dropout
         micro, windows = ready or prepare(step)
         count = sum(count_scored(targets) for _, targets in micro)              # (2,) cells of the whole step
-        count = F.pad(count, (0, 1), value=float(interrupted))                  # (3,)
+        count = torch.nn.functional.pad(count, (0, 1), value=float(interrupted))        # (3,)
         if world > 1:
             dist.all_reduce(count)                              # ... of all ranks; and was any interrupted?
         for i, (inputs, targets) in enumerate(micro):
@@ -557,7 +550,7 @@ def main(argv=None):
         raise SystemExit(code)
     if rank == 0:                                               # the others have left; the test split is read
         facts = {"steps": step, "seconds": round(time.perf_counter() - began, 1), "n_params": n_params}
-        means = conclude(raw, table, unit, args, device, autocast, history, facts)
+        means = conclude(raw, table, unit, args, autocast, history, facts)
         apply_to_file(raw, table, means, args)
     return history
 
