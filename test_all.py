@@ -8,9 +8,8 @@ Every promise of this repository, executable.
 
 Where a test guards against a well-known mistake it runs the mistake too, and shows that it fails.
 """
-import collections
 import contextlib
-import csv
+import dataclasses
 import difflib
 import functools
 import gzip
@@ -21,6 +20,7 @@ import os
 import pickle
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -43,15 +43,19 @@ from data import Batch, load_table, step_generator
 from masking import create_inputs, create_masks, pencil_in
 
 NAN = math.nan
-UNIT = torch.tensor([0.5, 1.0, 2.0])
+UNIT = torch.tensor([1.0, 0.5, 2.0])
 ROOT = Path(__file__).parent
 slow = pytest.mark.skipif(not os.environ.get("NANOTAB_SLOW"), reason="slow: set NANOTAB_SLOW=1")
 etth1 = pytest.mark.skipif(not os.environ.get("ETTH1"), reason="set ETTH1 to the path of ETTh1.csv")
-SMALL = ["--n_layer", "1", "--n_head", "2", "--n_embd", "16", "--batch_size", "4", "--seq_len", "16",
-         "--max_steps", "4", "--eval_every", "2", "--log_every", "1", "--warmup_steps", "2",
-         "--device", "cpu"]
-AHEAD = ["--given", "4", "--horizons", "1", "3"]            # fits into the 16 rows of SMALL
-EIGHT = ["--max_steps", "8", "--dropout", "0.1"]
+SMALL = ("--n_layer 1 --n_head 2 --n_embd 16 --batch_size 4 --seq_len 16 --max_steps 4 --eval_every 2 "
+         "--log_every 1 --warmup_steps 2 --device cpu").split()
+AHEAD = "--given 4 --horizons 1 3".split()                  # fits into the 16 rows of SMALL
+EIGHT = "--max_steps 8 --dropout 0.1"
+LEARN = "--seq_len 32 --n_embd 32 --lr 3e-3"                # enough to learn something in seconds
+FACTS = {"script", "data", "steps", "seconds", "n_params", "seed", "test"}      # in every results.json
+PICTURES = ("loss.png", "errors.png", "window.png")
+SCRIPTS = {"train_mlm.py": train_mlm, "train_ar.py": train_ar}
+OBJECTIVE = train_mlm.objective                             # before any test puts another in its place
 
 
 # -----------------------------------------------------------------------------
@@ -66,16 +70,23 @@ def toy(rows=400, seed=0, noise=0.3):
     return table.assign(**{c: table[c].mask(rng.random(rows) < 0.05) for c in ("wave", "mirror", "sign")})
 
 
-def data_args(*flags):
-    return data.make_parser(None, "data", "sensors").parse_args([str(f) for f in flags])
+def words(*flags):
+    """Flags as a shell would split them; each is a text such as "--lr 0 --clip 1", a path or a number."""
+    return [word for flag in flags for word in shlex.split(str(flag))]
 
 
-def mlm_args(*flags):
-    return train_mlm.get_parser().parse_args([str(f) for f in flags])
+def parsed(parser, *flags):
+    return parser.parse_args(words(*flags))
 
 
-def ar_args(*flags):
-    return train_ar.get_parser().parse_args([str(f) for f in flags])
+data_args = functools.partial(parsed, data.make_parser(None, "data", "sensors"))
+mlm_args = functools.partial(parsed, train_mlm.get_parser())
+ar_args = functools.partial(parsed, train_ar.get_parser())
+
+
+def table_of(columns, *flags):
+    """A Table of a DataFrame or of {name: values}."""
+    return load_table(data_args(*flags), pd.DataFrame(columns))
 
 
 def train(csv, out, *flags, script=train_mlm, pictures=False):
@@ -84,24 +95,74 @@ def train(csv, out, *flags, script=train_mlm, pictures=False):
         if not pictures:
             patch.setitem(sys.modules, "matplotlib.figure", None)
         small = SMALL + AHEAD * (script is train_ar)
-        return script.main([*small, "--data", str(csv), *flags, "--out_dir", str(out)])
+        return script.main([*small, "--data", str(csv), *words(*flags), "--out_dir", str(out)])
+
+
+def resume(out, *flags, script=train_mlm):
+    """Go on with the run in `out`; every flag that is not given here is the checkpoint's."""
+    return script.main(["--resume", "--out_dir", str(out), *words(*flags)])
+
+
+def python(*argv, timeout=None):
+    """A process of its own, in the folder of this file."""
+    return subprocess.run([sys.executable, *map(str, argv)], cwd=ROOT, capture_output=True, text=True,
+                          timeout=timeout)
+
+
+def results(out):
+    return json.loads((Path(out) / "results.json").read_text())
+
+
+def saved(out, name="last.pt"):
+    return torch.load(Path(out) / name, weights_only=True)
+
+
+def same_bits(out, other):
+    a, b = saved(out)["model"], saved(other)["model"]
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def tidy(batch):
+    """The Batch as data.py would have it: nothing is observed in padding, and what is not observed is 0."""
+    N, real = batch.numeric.shape[-1], batch.valid[..., None]
+    observed = batch.observed & real
+    return Batch(batch.numeric * observed[..., :N], batch.categorical * observed[..., N:], observed,
+                 batch.valid, batch.clock * real)
 
 
 def random_batch(B=4, T=12, N=3, K=2, missing=0.2, seed=0):
-    """A Batch as data.py would make it: ids 2..4 and a few [UNK], zeros where nothing is observed."""
+    """A Batch with ids 2..4 and a few [UNK]."""
     g = torch.Generator().manual_seed(seed)
     observed = torch.rand(B, T, N + K, generator=g) > missing
-    ids = torch.randint(1, 5, (B, T, K), generator=g) * observed[..., N:]
-    return Batch(torch.randn(B, T, N, generator=g) * observed[..., :N], ids, observed,
-                 torch.ones(B, T, dtype=torch.bool), torch.randn(B, T, 4, generator=g))
+    ids = torch.randint(1, 5, (B, T, K), generator=g)
+    return tidy(Batch(torch.randn(B, T, N, generator=g), ids, observed, torch.ones(B, T).bool(),
+                      torch.randn(B, T, 4, generator=g)))
 
 
-def random_model(N=3, K=2, T=12, causal=False, seed=0, **kw):
+def random_model(N=3, K=2, causal=False):
     """A small model whose head is not zero, so that what reaches it reaches the output."""
-    torch.manual_seed(seed)
-    net = model.TableTransformer(model.Config(N, [5] * K, 4, T, 2, 2, 16, causal=causal, **kw))
+    torch.manual_seed(0)
+    net = model.TableTransformer(model.Config(N, [5] * K, 4, 12, 2, 2, 16, causal=causal))
     torch.nn.init.normal_(net.head.weight)
     return net
+
+
+def ask(batch, *flags, case=None):
+    """What train_mlm makes of a batch in its first step, or in a case of evaluation: Inputs and Targets."""
+    return train_mlm.objective(batch, mlm_args(*flags), step_generator(1), step=0, case=case)
+
+
+def flat(guess):
+    """Numbers and logits side by side: (B, T, N + all classes)."""
+    return torch.cat([guess.numeric, *guess.logits], dim=-1)
+
+
+def mean_losses(net, inputs, targets, dtype=torch.float32):
+    """The numeric and the categorical loss of a step, (2,), as the loop forms them."""
+    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        guess = net(inputs)
+    sums = model.sum_losses(guess, targets, UNIT[:inputs.numeric.shape[-1]])
+    return sums / model.count_scored(targets).clamp(min=1)
 
 
 @pytest.fixture(scope="module")
@@ -113,17 +174,10 @@ def toy_csv(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def finished(toy_csv, tmp_path_factory):
-    """One small run that others compare with: (out_dir, history)."""
+    """The folder of one small run, with the flags EIGHT, that others compare with."""
     out = tmp_path_factory.mktemp("out")
-    return out, train(toy_csv, out, *EIGHT)
-
-
-def weights(out):
-    return torch.load(Path(out) / "last.pt", weights_only=True)["model"]
-
-
-def same_bits(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    train(toy_csv, out, EIGHT)
+    return out
 
 
 # -----------------------------------------------------------------------------
@@ -134,48 +188,37 @@ def test_nan_stops_at_the_door(tmp_path):
     odd = ["1.5", "nan", "inf", "-1.18e42", "-inf", "Bad"] * 2 + list(range(48))
     path.write_text("t,a,b,empty,const,word\n" + "".join(
         f"2024-01-01 00:{i:02d}:00,{x},{'' if i % 3 else i},,7,{'x' * (i % 2)}\n" for i, x in enumerate(odd)))
-    table = load_table(data_args("--data", path, "--seq_len", 8))
-    for name, tensor in table.batch(table.starts("train", 1))._asdict().items():
+    table = load_table(data_args("--seq_len 8 --data", path))
+    batch, N = table.batch(table.starts("train", 1)), len(table.schema.numeric)
+    for name, tensor in batch._asdict().items():
         assert torch.isfinite(tensor.float()).all(), name
-    batch = table.batch(table.starts("train", 1))
-    N = len(table.schema.numeric)
     assert (batch.numeric[~batch.observed[..., :N]] == 0).all()
     assert (batch.categorical[~batch.observed[..., N:]] == 0).all()
     # two each of inf, -inf, -1.18e42 and a word among numbers; nan was missing
     assert table.facts["a"][0] == 8
-    with np.errstate(over="ignore"):                        # why the test is made in float64
-        assert np.isneginf(np.float64(-1.18e42).astype(np.float32))
-    column = pd.Series([7.0] * 5)
-    assert ((column - column.mean()) / column.std()).isna().all()  # the naive way with a constant
-    assert table.schema.scale[table.schema.numeric.index("const")] == 1.0
+    assert table.schema.scale[table.schema.numeric.index("const")] == 1.0       # naive: 8 and 10 of the zoo
 
 
 def test_schema_sees_train_rows_only():
-    table = toy()
-    changed = table.copy()
-    changed.loc[280:, ["wave", "mirror"]] = 1e6
-    changed.loc[280:, "sign"] = "sideways"
-    args = data_args("--split", 0.7, 0.15, 0.15)
-    a, b = load_table(args, table), load_table(args, changed)
+    changed = toy()
+    changed.loc[280:, ["wave", "mirror", "sign"]] = 1e6, 1e6, "sideways"
+    a, b = (table_of(frame, "--split 0.7 0.15 0.15") for frame in (toy(), changed))
     assert a.schema == b.schema
-    everything = [data.fit_scale(t["wave"].to_numpy(), "standard") for t in (table, changed)]
+    everything = [data.fit_scale(frame["wave"].to_numpy(), "standard") for frame in (toy(), changed)]
     assert everything[0] != everything[1]                   # naive: statistics over all rows see the change
     assert (b.categorical[280:] == data.UNK_ID).sum() == 120 and not (a.categorical == data.UNK_ID).any()
     assert b.numeric.abs().max() == 10                                          # clipped
 
 
 def test_schema_survives_a_checkpoint_and_decodes(tmp_path):
-    from dataclasses import asdict
-    table = load_table(data_args("--seq_len", 16), toy())
-    torch.save(asdict(table.schema), tmp_path / "schema.pt")
+    table = table_of(toy(), "--seq_len 16")
+    torch.save(dataclasses.asdict(table.schema), tmp_path / "schema.pt")
     schema = data.Schema(**torch.load(tmp_path / "schema.pt", weights_only=True))
     assert schema == table.schema
     decoded = schema.decode(table.numeric, table.categorical.long())
-    for name in ("wave", "mirror"):
-        here = toy()[name].notna().to_numpy()
-        np.testing.assert_allclose(decoded[name][here], toy()[name][here], rtol=1e-5, atol=1e-5)
-    here = toy()["sign"].notna().to_numpy()
-    assert (decoded["sign"][here] == toy()["sign"][here]).all()
+    for name, column in toy().drop(columns="date").items():
+        ours, here = pd.Series(decoded[name], name=name), column.notna()
+        pd.testing.assert_series_equal(ours[here], column[here], check_dtype=False, rtol=1e-5, atol=1e-5)
     assert all(x is None for x in decoded["sign"][~here])
     schema.vocabulary[0] = []                               # no value in train, and yet it is guessed as id 2
     assert schema.decode(table.numeric[:1], torch.tensor([[2]]))["sign"] == [None]
@@ -188,7 +231,7 @@ def test_a_file_with_decimal_commas_and_a_word(day, thousand, options, tmp_path)
     path, days = tmp_path / "comma.csv", pd.date_range("2024-03-01", periods=30).strftime(day)
     values = ["Ausfall" if i == 3 else f"{thousand}{i + 10},5" for i in range(30)]
     path.write_text("Datum;Last\n" + "".join(f"{d};{x}\n" for d, x in zip(days, values)))
-    table = load_table(data_args("--data", path, "--read_csv", options, "--seq_len", 4))
+    table = load_table(data_args("--seq_len 4 --data", path, "--read_csv", shlex.quote(options)))
     assert table.kinds == {"Datum": "time", "Last": "numeric"}
     assert table.facts["Last"][0] == 1 and table.facts["Last"][4] == (1039.5 if thousand else 39.5)
     assert table.facts["Datum"][1] == pd.Timestamp("2024-03-30")
@@ -197,7 +240,7 @@ def test_a_file_with_decimal_commas_and_a_word(day, thousand, options, tmp_path)
 def test_numbers_that_name_categories_keep_their_labels():
     codes = pd.DataFrame({"code": [1.0, 2.0] * 50, "x": 0.5})
     codes.loc[[97, 98], "code"] = 2.5, np.nan               # in the test rows: must not turn 1 into 1.0
-    table = load_table(data_args("--categorical_cols", "code", "--seq_len", 8), codes)
+    table = table_of(codes, "--categorical_cols code --seq_len 8")
     assert table.schema.vocabulary == [["1.0", "2.0"]] and (table.categorical == data.UNK_ID).sum() == 1
 
 
@@ -214,41 +257,37 @@ def test_windows_stay_in_their_group_and_pad_on_the_right():
     lengths = [30, 5, 12, 40, 7, 9, 22, 3, 16, 50]
     well = np.repeat(np.arange(10), lengths)
     frame = pd.DataFrame({"well": well, "x": np.arange(len(well), dtype=float), "y": well * 1.0})
-    args = data_args("--group_col", "well", "--seq_len", 20, "--scaler", "none", "--clip", 1e9)
-    table = load_table(args, frame)
+    table = table_of(frame, "--group_col well --seq_len 20 --scaler none --clip 1e9")
     rows = {split: set() for split in ("train", "val", "test")}
     for split in rows:
         for windows in (table.starts(split, 7), table.sample(split, 200, step_generator(1))):
             batch = table.batch(windows)
-            own = batch.numeric + torch.tensor(table.schema.center) * batch.observed  # own units again
-            batch = batch._replace(numeric=own.round())
-            for b in range(len(windows)):
-                real = batch.valid[b]
-                assert batch.numeric[b, real, 1].unique().numel() == 1          # one group
-                assert (batch.numeric[b, real, 0].diff() == 1).all()            # rows in order, none skipped
-                assert real.sum() == min(20, lengths[int(batch.numeric[b, 0, 1])]) and real[:real.sum()].all()
-                assert not batch.observed[b, ~real].any() and (batch.numeric[b, ~real] == 0).all()
-                rows[split] |= set(batch.numeric[b, real, 0].tolist())
+            own = (batch.numeric + torch.tensor(table.schema.center) * batch.observed).round()  # own units
+            for numeric, observed, real in zip(own, batch.observed, batch.valid):
+                assert numeric[real, 1].unique().numel() == 1                   # one group
+                assert (numeric[real, 0].diff() == 1).all()                     # rows in order, none skipped
+                assert real.sum() == min(20, lengths[int(numeric[0, 1])]) and real[:real.sum()].all()
+                assert not observed[~real].any() and (numeric[~real] == 0).all()
+                rows[split] |= set(numeric[real, 0].tolist())
     assert sum(map(len, rows.values())) == sum(lengths) == len(set.union(*rows.values()))
 
 
 def test_of_a_few_groups_each_part_gets_one():
-    for split in ((0.7, 0.15, 0.15), (0.4, 0.1, 0.1), (0.98, 0.01, 0.01)):
+    for split in ("0.7 0.15 0.15", "0.4 0.1 0.1", "0.98 0.01 0.01"):
         for n in (3, 4, 5):
-            assert min(data.split_counts(n, "groups", data_args("--split", *split))) >= 1
+            assert min(data.split_counts(n, "groups", data_args("--split", split))) >= 1
 
 
 def test_time_sorts_rows_and_becomes_a_clock():
-    frame = toy().sample(frac=1, random_state=0)
-    table = load_table(data_args("--seq_len", 48), frame)
-    assert torch.equal(table.numeric, load_table(data_args("--seq_len", 48), toy()).numeric)
-    clock = table.clock  # hours of 16 days: the day is a cycle, the year not yet
+    table = table_of(toy().sample(frac=1, random_state=0))
+    assert torch.equal(table.numeric, table_of(toy()).numeric)
+    clock = table.clock                                     # of 16 days: the day is a cycle, the year not yet
     assert clock.shape == (400, 2)
     torch.testing.assert_close(clock[:24], clock[24:48], atol=1e-5, rtol=0)
     quarters = torch.tensor([[0.0, 1], [1, 0], [0, -1], [-1, 0]])
     torch.testing.assert_close(clock[[0, 6, 12, 18]], quarters, atol=1e-5, rtol=0)
-    long = pd.DataFrame({"date": pd.date_range("2020-01-01", periods=1500, freq="D"), "x": np.arange(1500.0)})
-    assert load_table(data_args(), long).clock.shape == (1500, 4)
+    long = {"date": pd.date_range("2020-01-01", periods=1500, freq="D"), "x": np.arange(1500.0)}
+    assert table_of(long).clock.shape == (1500, 4)
 
 
 @pytest.mark.parametrize("column,kind", [
@@ -256,8 +295,7 @@ def test_time_sorts_rows_and_becomes_a_clock():
     ([1, 2, 3], "numeric"), ([None, None, None], "numeric"), (["1.5", "2", None], "numeric"),
     (["2024-01-01", "2024-01-02", None], "time"), (["01.03.2024 10:00", "31.03.2024 10:00"], "time"),
     (["2024-03-31 01:00+01:00", "2024-03-31 04:00+02:00"], "time"), (["a1", "b2", "c3"], "categorical"),
-    (["may", "june"], "categorical"),
-    (["M3", "1h"], "categorical")])
+    (["may", "june"], "categorical"), (["M3", "1h"], "categorical")])
 def test_kinds_are_inferred(column, kind):
     frame = pd.DataFrame({"x": pd.Series(column), "n": 1.0})
     assert data.infer_kinds(frame, data_args())["x"] == kind
@@ -311,7 +349,7 @@ def test_simulated_planets_are_as_described():
     x = table.filter(regex="planet._x").sum(axis=1)
     assert (table["acceleration_x"] == np.where(x > 0, "increasing", "decreasing")).all()
     assert table["total_mass"].values == pytest.approx(table.filter(regex="planet._m").sum(axis=1).values)
-    assert load_table(data_args("--data", "planets"), table).segments["train"].shape == (210, 2)
+    assert table_of(table, "--data planets").segments["train"].shape == (210, 2)
 
 
 # -----------------------------------------------------------------------------
@@ -320,53 +358,44 @@ def test_simulated_planets_are_as_described():
 @pytest.mark.parametrize("style", ["cell", "span"])
 @pytest.mark.parametrize("rate", [0.05, 0.25, 0.5])
 def test_rate_and_runs_of_hidden_cells(style, rate):
-    observed = torch.rand(256, 200, 10, generator=torch.Generator().manual_seed(0)) > 0.3
-    hidden = create_masks(observed, rate, step_generator(1), style, span=12)
-    assert not (hidden & ~observed).any()
-    full = create_masks(torch.ones_like(observed), rate, step_generator(1), style, span=12)
-    assert full.float().mean() == pytest.approx(rate, abs=0.012)
-    assert full[:, 0].float().mean() == pytest.approx(rate, abs=0.06)          # the first row like any other
-    runs = (full[:, 1:] & ~full[:, :-1]).sum() + full[:, 0].sum()
+    hidden = create_masks(torch.ones(256, 200, 10).bool(), rate, step_generator(1), style, span=12)
+    assert hidden.float().mean() == pytest.approx(rate, abs=0.012)
+    assert hidden[:, 0].float().mean() == pytest.approx(rate, abs=0.06)        # the first row like any other
+    runs = (hidden[:, 1:] & ~hidden[:, :-1]).sum() + hidden[:, 0].sum()
     mean = 12 if style == "span" else 1 / (1 - rate)
     expected = 200 / (1 + 199 / mean)                       # the window cuts some runs short
-    assert full.sum() / runs == pytest.approx(expected, rel=0.1)
+    assert hidden.sum() / runs == pytest.approx(expected, rel=0.1)
 
 
 def test_missing_cells_are_never_hidden_the_naive_form_hides_them():
     x = torch.tensor([[1.0, float("nan"), 3.0]])
     assert ((torch.rand(x.shape) < 1) & (x != 0)).all()                         # naive: NaN != pad is True
-    observed = torch.zeros(2, 5, 3, dtype=torch.bool)
-    for style in ("cell", "span"):
-        assert not create_masks(observed, 0.9, step_generator(0), style).any()
     batch = random_batch()
-    hidden = create_masks(masking.scorable(batch.observed, batch.categorical), 0.9, step_generator(0))
-    assert not (hidden & ~batch.observed).any() and not (hidden[..., 3:] & (batch.categorical == 1)).any()
+    for style in ("cell", "span"):
+        answerable = masking.scorable(batch.observed, batch.categorical)
+        hidden = create_masks(answerable, 0.9, step_generator(0), style)
+        assert not (hidden & ~batch.observed).any() and not hidden[..., 3:][batch.categorical == 1].any()
 
 
 def test_one_rate_a_window_and_spans_too_short_for_their_rate():
     rates = torch.tensor([0.1, 0.6])[:, None, None]
     for style in ("cell", "span"):
-        everything = torch.ones(2, 4000, 5, dtype=torch.bool)
-        hidden = create_masks(everything, rates, step_generator(0), style, span=6)
+        hidden = create_masks(torch.ones(2, 4000, 5).bool(), rates, step_generator(0), style, span=6)
         torch.testing.assert_close(hidden.float().mean((1, 2)), rates[:, 0, 0], atol=0.03, rtol=0)
     with pytest.raises(ValueError, match="cannot hide"):
-        create_masks(torch.ones(1, 9, 1, dtype=torch.bool), 0.6, step_generator(0), "span", span=2)
+        create_masks(torch.ones(1, 9, 1).bool(), 0.6, step_generator(0), "span", span=2)
 
 
 def test_80_10_10_and_the_two_draws_that_miss_it():
     batch = random_batch(64, 400, missing=0.1)
     hidden = create_masks(batch.observed, 0.5, step_generator(0))
     unique = torch.arange(64 * 400 * 3).view(64, 400, 3).float()                # every cell its own value
-    numeric, ids, shown = masking.bert_style_masking(unique, batch.categorical, batch.observed, hidden,
-                                                     step_generator(1))
-    for columns in (slice(3), slice(3, None)):                                  # per kind
-        asked = hidden[..., columns]
-        masked = asked & ~shown[..., columns]
-        assert masked.sum() / asked.sum() == pytest.approx(0.8, abs=0.012)
-    random = hidden[..., :3] & shown[..., :3] & (numeric != unique)
-    kept = hidden[..., :3] & shown[..., :3] & (numeric == unique)
-    assert random.sum() / hidden[..., :3].sum() == pytest.approx(0.1, abs=0.012)
-    assert kept.sum() / hidden[..., :3].sum() == pytest.approx(0.1, abs=0.012)
+    numeric, _, shown = masking.bert_style_masking(unique, *batch[1:3], hidden, step_generator(1))
+    masked, random = hidden & ~shown, (hidden & shown)[..., :3] & (numeric != unique)
+    for kind in (slice(3), slice(3, None)):
+        assert masked[..., kind].sum() / hidden[..., kind].sum() == pytest.approx(0.8, abs=0.012)
+    for share in (random, (hidden & shown)[..., :3] & (numeric == unique)):     # another value, or its own
+        assert share.sum() / hidden[..., :3].sum() == pytest.approx(0.1, abs=0.012)
     assert torch.equal(numeric[~random], unique[~random])                       # nothing else is touched
     assert torch.equal(shown[~hidden], batch.observed[~hidden])
     # naive: 80 % masked, and half of ALL cells that a second draw picks from the rest and its leftovers
@@ -379,26 +408,22 @@ def test_80_10_10_and_the_two_draws_that_miss_it():
 def test_donors_come_from_the_same_column_and_are_known():
     batch = random_batch(8, 30, missing=0.3)
     column = torch.tensor([100.0, 200.0, 300.0]).expand(8, 30, 3)               # the value names its column
-    ids = torch.where(batch.categorical < 2, batch.categorical, torch.tensor([5, 7]))   # and the id
-    batch = batch._replace(categorical=ids)
+    named = torch.tensor([5, 7]).expand(8, 30, 2)                               # and so does the id, but
+    given = torch.where(batch.categorical < 2, batch.categorical, named)        # for [MASK] and [UNK]
     hidden = create_masks(batch.observed, 0.5, step_generator(0))
     marked = torch.where(hidden[..., :3] | ~batch.observed[..., :3], -1.0, column)  # -1: may not be lent
-    numeric, ids, shown = masking.bert_style_masking(marked, batch.categorical, batch.observed, hidden,
-                                                     step_generator(1), mask_share=0.0, random_share=1.0)
+    def all_random(hidden):
+        return masking.bert_style_masking(marked, given, batch.observed, hidden, step_generator(1), 0.0, 1.0)
+    numeric, ids, _ = all_random(hidden)
     assert torch.equal(numeric[hidden[..., :3]], column[hidden[..., :3]])
-    assert torch.equal(ids[hidden[..., 3:]], torch.tensor([5, 7]).expand_as(ids)[hidden[..., 3:]])
-    assert (ids[hidden[..., 3:]] >= 2).all()                                    # never [MASK], never [UNK]
-    everything = batch.observed  # all hidden: no donors, so all [MASK]
-    _, ids, shown = masking.bert_style_masking(marked, batch.categorical, batch.observed, everything,
-                                               step_generator(1), 0.0, 1.0)
-    assert not shown.any()
+    assert torch.equal(ids[hidden[..., 3:]], named[hidden[..., 3:]])            # never [MASK], never [UNK]
+    assert not all_random(batch.observed)[2].any()                              # no donors: shown as [MASK]
 
 
 def test_mixed_windows_hold_known_numbers_alone_and_what_columns_share():
     batch = random_batch(B=6, N=2, K=1)
     line = batch.numeric[..., :1]                                               # column 1 = 3 - 2 * column 0
-    observed = batch.observed.clone()
-    observed[..., 1] = observed[..., 0]
+    observed = batch.observed[..., [0, 0, 2]]
     batch = batch._replace(numeric=torch.cat([line, 3 - 2 * line], -1) * observed[..., :2], observed=observed)
     mixed = masking.mix_up(batch, 0.5, step_generator(0))
     both = observed[..., :2] & observed[..., :2].roll(1, 0)
@@ -411,9 +436,8 @@ def test_mixed_windows_hold_known_numbers_alone_and_what_columns_share():
 
 def test_schedule_hits_both_ends():
     p = masking.get_mask_probability
-    assert p(0, 60, 0.05, 0.25) == 0.05 and p(59, 60, 0.05, 0.25) == 0.25
-    assert p(-5, 60, 0.05, 0.25) == 0.05 and p(1000, 60, 0.05, 0.25) == 0.25
-    assert p(0, 0, 0.05, 0.25) == 0.05 and p(0, 1, 0.05, 0.25) == 0.05 and p(1, 1, 0.05, 0.25) == 0.25
+    for end, steps in ((0.05, [(0, 60), (-5, 60), (0, 0), (0, 1)]), (0.25, [(59, 60), (1000, 60), (1, 1)])):
+        assert [p(*step, 0.05, 0.25) for step in steps] == [end] * len(steps)
     rates = [p(s, 60, 0.05, 0.25) for s in range(60)]
     assert np.allclose(np.diff(rates), 0.2 / 59)
     assert 0.05 + 0.2 * 59 / 60 < 0.25  # naive epoch / total never arrives
@@ -422,24 +446,20 @@ def test_schedule_hits_both_ends():
 # -----------------------------------------------------------------------------
 # masking.py: what is pencilled in, who may look
 
-def test_pencil_is_what_numpy_and_pandas_would_write():
+def test_pencil_is_what_pandas_would_write():
     g = torch.Generator().manual_seed(0)
     numeric, known = torch.randn(6, 40, 5, generator=g), torch.rand(6, 40, 5, generator=g) < 0.3
-    known[0, :, 0] = False
+    known[0, :, 0] = False                                  # nothing to go by: 0
     both, causal = pencil_in(numeric, known, False), pencil_in(numeric, known, True)
     for b in range(6):
-        for j in range(5):
-            x, k, rows = numeric[b, :, j].numpy(), known[b, :, j].numpy(), np.arange(40)
-            if not k.any():
-                assert (both[b, :, j] == 0).all() and (causal[b, :, j] == 0).all()
-                continue
-            np.testing.assert_allclose(both[b, :, j], np.interp(rows, rows[k], x[k]), atol=1e-6)
-            carried = pd.Series(np.where(k, x, np.nan)).ffill().fillna(0)
-            np.testing.assert_array_equal(causal[b, :, j], carried)
+        frame = pd.DataFrame(numeric[b].double().numpy()).where(known[b].numpy())
+        interpolated = frame.interpolate(limit_direction="both").fillna(0)
+        np.testing.assert_allclose(both[b], interpolated, atol=1e-6)
+        np.testing.assert_array_equal(causal[b], frame.ffill().fillna(0))
     assert torch.equal(both[known], numeric[known])
-    ids, here = torch.tensor([[[2], [0], [0], [3], [0]]]), torch.tensor([[[1], [0], [0], [1], [0]]]).bool()
-    assert masking.pencil_category(ids, here, False).flatten().tolist() == [2, 2, 3, 3, 3]
-    assert masking.pencil_category(ids, here, True).flatten().tolist() == [2, 2, 2, 3, 3]
+    ids = torch.tensor([2, 0, 0, 0, 3, 0, 0])[None, :, None]                    # of two as near the earlier
+    assert masking.pencil_category(ids, ids > 0, False).flatten().tolist() == [2, 2, 2, 3, 3, 3, 3]
+    assert masking.pencil_category(ids, ids > 0, True).flatten().tolist() == [2, 2, 2, 2, 3, 3, 3]
 
 
 def test_no_query_is_ever_empty_the_naive_mask_makes_nan():
@@ -464,14 +484,14 @@ def test_no_query_is_ever_empty_the_naive_mask_makes_nan():
 def test_attention_equals_plain_softmax(dtype, tolerance, causal, padded):
     torch.manual_seed(0)
     valid = torch.arange(20) < torch.tensor([20, 7 if padded else 20])[:, None]
+    full = masking.create_attention_mask(valid, causal)
     # causal, the model is given no mask: padding on the right is in the future of every real row
-    attend = None if causal or not padded else masking.create_attention_mask(valid, causal)
+    attend = None if causal or not padded else full
     block = model.SelfAttention(model.Config(1, [], n_head=4, n_embd=32, causal=causal)).to(dtype)
     x, (cos, sin) = torch.randn(2, 20, 32, dtype=dtype), model.rotary_table(20, 8)
     out = block(x, attend, cos, sin)
     qkv = block.qkv(x).view(2, 20, 3, 4, 8).float()
     qkv = torch.cat([model.rotate(qkv[:, :, :2], cos, sin), qkv[:, :, 2:]], dim=2)
-    full = masking.create_attention_mask(valid, causal)
     y = model.plain_attention(*qkv.transpose(1, 3).unbind(dim=2), full)
     y = block.proj(y.transpose(1, 2).reshape(2, 20, 32).to(dtype))
     torch.testing.assert_close(out[valid], y[valid], atol=tolerance, rtol=tolerance)
@@ -486,46 +506,33 @@ def test_rotary_attention_depends_on_distance_alone():
 
 
 def test_who_sees_whom():
-    both, causal = model.find_leaks(causal=False), model.find_leaks(causal=True)
-    assert both.all()  # masked: past, future, and through them other columns
+    assert model.find_leaks(causal=False).all()             # masked: past and future
+    causal = model.find_leaks(causal=True)                  # naive, over heads: way 17 of the zoo
     assert torch.equal(causal, torch.ones(12, 12).tril().bool())
-    # naive: heads and rows swapped. Row 5 does not depend on row 0, and nothing complains
-    assert not model.find_leaks(causal=True, wrong_axis=True)[5, 0]
-
-
-def test_a_column_is_filled_from_the_other_columns():
-    batch, net = random_batch(missing=0), random_model()
-    args, g = mlm_args("--mask_share", 1), step_generator(3)
-    inputs, _ = train_mlm.objective(batch, args, g, case=("cell", 0.5))
+    inputs, _ = ask(random_batch(missing=0), case=("cell", 0.5))                # and other columns
     numeric = inputs.numeric.clone().requires_grad_()
-    gradient, = torch.autograd.grad(net(inputs._replace(numeric=numeric)).numeric[0, 4, 0], numeric)
-    known = inputs.known[0, :, 1]
-    assert (gradient[0, known, 1] != 0).all()
+    said = random_model()(inputs._replace(numeric=numeric)).numeric[0, 4, 0]
+    gradient, = torch.autograd.grad(said, numeric)
+    assert (gradient[0, inputs.known[0, :, 1], 1] != 0).all()
 
 
-@pytest.mark.parametrize("flags", [[], ["--mask_share", "0.8", "--random_share", "0.1"]])
+@pytest.mark.parametrize("flags", ["", "--mask_share 0.8 --random_share 0.1"])
 def test_the_truth_under_a_mask_reaches_no_output(flags):
-    batch, net, args = random_batch(), random_model(), mlm_args(*flags)
-    inputs, targets = train_mlm.objective(batch, args, step_generator(1), step=0)
+    batch, net = random_batch(), random_model()
+    inputs, targets = ask(batch, flags)
     covered = targets.score & ~inputs.shown                                     # shown as [MASK]
     assert covered[..., :3].any() and covered[..., 3:].any()
+    assert (targets.score & inputs.shown).any() == bool(flags)                  # random and kept cells:
+    truth = batch.observed & ~targets.score                                     # never taken for the truth
+    assert torch.equal(inputs.known, truth)
+    assert torch.equal(inputs.pencil, pencil_in(batch.numeric, truth[..., :3], causal=False))
     forged = batch._replace(numeric=torch.where(covered[..., :3], 1e3, batch.numeric),
                             categorical=torch.where(covered[..., 3:], 4, batch.categorical))
-    other, _ = train_mlm.objective(forged, args, step_generator(1), step=0)
-    assert torch.equal(inputs.pencil, other.pencil)
-    for a, b in zip([net(inputs).numeric, *net(inputs).logits], [net(other).numeric, *net(other).logits]):
-        assert torch.equal(a, b)
+    other, _ = ask(forged, flags)
+    assert torch.equal(inputs.pencil, other.pencil) and torch.equal(flat(net(inputs)), flat(net(other)))
     # naive: window statistics over all observed cells instead of the known ones
     leak = [net(i._replace(known=batch.observed)).numeric for i in (inputs, other)]
     assert not torch.equal(*leak)
-
-
-def test_random_and_kept_cells_are_never_taken_for_the_truth():
-    batch, args = random_batch(missing=0), mlm_args("--mask_share", 0, "--random_share", 0.5)
-    inputs, targets = train_mlm.objective(batch, args, step_generator(1), step=0)
-    assert targets.score.any() and not (inputs.known & targets.score).any()
-    truth = (batch.observed & ~targets.score)[..., :3]
-    assert torch.equal(inputs.pencil, pencil_in(batch.numeric, truth, False))
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -541,24 +548,22 @@ def test_an_untrained_model_is_its_baseline(causal):
 
 
 def outputs(net, batch, **changed):
-    """What is said of the next rows of a batch: numbers and logits side by side, (B, T, ...)."""
+    """What is said of the next rows of a batch."""
     inputs, _ = train_ar.objective(batch, ar_args(), step_generator(0))
-    guess = net(inputs._replace(**changed))
-    return torch.cat([guess.numeric, *guess.logits], dim=-1)
+    return flat(net(inputs._replace(**changed)))
 
 
 def next_row_changed(batch, t):
     """The batch with everything another from row t on: numbers, ids, holes, clock, and where it ends."""
     other = random_batch(seed=9, missing=0.5)
-    end = torch.arange(12) < t + 3
-    return Batch(*(torch.cat([a[:, :t], b[:, t:] * end[t:].view(1, -1, *[1] * (a.dim() - 2))], dim=1)
-                   for a, b in zip(batch, other)))
+    other.valid[:, t + 3:] = False
+    return Batch(*(torch.cat([a[:, :t], b[:, t:]], dim=1) for a, b in zip(batch, tidy(other))))
 
 
 def test_causal_outputs_never_depend_on_what_comes_after():
     batch, net = random_batch(missing=0.4), random_model(causal=True)
     batch.valid[1, 9:] = False                              # with padding, too
-    batch = Batch(*(x * batch.valid.view(4, 12, *[1] * (x.dim() - 2)) for x in batch))
+    batch = tidy(batch)
     for t in range(1, 12):
         forged = next_row_changed(batch, t)
         now, then = outputs(net, batch), outputs(net, forged)
@@ -596,11 +601,8 @@ def test_rollout_equals_a_loop_written_out():
     """Histories of 1 to 12 rows, each on its own, unpadded, a row at a time, the last 12 looked at."""
     batch, net, steps = random_batch(B=6, missing=0.3), random_model(causal=True), 7
     length, clock = torch.tensor([1, 3, 5, 8, 11, 12]), torch.randn(6, steps, 4)
-    valid = torch.arange(12) < length[:, None]
     batch.observed[2, :, 1] = False                         # a column without any value has no future either
-    batch = Batch(*(x * valid.view(6, 12, *[1] * (x.dim() - 2)) for x in batch))
-    batch = batch._replace(valid=valid, numeric=batch.numeric * batch.observed[..., :3],
-                           categorical=batch.categorical * batch.observed[..., 3:])
+    batch = tidy(batch._replace(valid=torch.arange(12) < length[:, None]))
     together = net.rollout(batch, clock, steps)
     for b in range(6):
         history = Batch(*(x[b:b + 1, :length[b]] for x in batch))
@@ -611,7 +613,7 @@ def test_rollout_equals_a_loop_written_out():
                 guess = net(create_inputs(window, window.observed, causal=True))
             row = Batch((guess.numeric[:, -1:] * ever[:3]),
                         torch.stack([x[:, -1:].argmax(-1) + 2 for x in guess.logits], -1) * ever[3:],
-                        ever.expand(1, 1, 5), torch.ones(1, 1, dtype=torch.bool), clock[b:b + 1, s:s + 1])
+                        ever.expand(1, 1, 5), torch.ones(1, 1).bool(), clock[b:b + 1, s:s + 1])
             history = Batch(*(torch.cat(pair, dim=1) for pair in zip(history, row)))
         for ours, theirs in zip(together, history):
             torch.testing.assert_close(ours[b:b + 1], theirs[:, -steps:], atol=1e-5, rtol=1e-5)
@@ -625,8 +627,8 @@ def test_baselines_roll_out_to_what_they_are():
     batch = random_batch(B=1, missing=0)._replace(numeric=numeric)
     net, args = random_model(causal=True), ar_args("--season", "6")
     def ahead(name):
-        look = lambda inputs: train_ar.baselines(inputs, args)[name]
-        return net.rollout(batch, torch.zeros(1, 9, 4), 9, look).numeric[0]
+        clock = torch.zeros(1, 9, 4)
+        return net.rollout(batch, clock, 9, lambda inputs: train_ar.baselines(inputs, args)[name]).numeric[0]
     t = torch.arange(12.0, 21.0)
     assert torch.equal(ahead("last"), numeric[0, -1].expand(9, 3))
     torch.testing.assert_close(ahead("linear")[:, :2], torch.stack([t, t * 0.5 - 1], -1), atol=1e-4, rtol=0)
@@ -634,34 +636,28 @@ def test_baselines_roll_out_to_what_they_are():
 
 
 def test_padding_changes_nothing():
-    batch, net = random_batch(B=1, T=12), random_model()
-    short = Batch(*(x[:, :8] for x in batch))
-    padded = Batch(*(torch.cat([x, torch.zeros(1, 4, *x.shape[2:], dtype=x.dtype)], 1) for x in short))
-    hidden = create_masks(short.observed, 0.3, step_generator(0))
-    a, b = (net(create_inputs(batch, batch.observed & ~hide, causal=False))
-            for batch, hide in ((short, hidden), (padded, F.pad(hidden, (0, 0, 0, 4)))))
-    torch.testing.assert_close(a[0], b[0][:, :8], atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(a[1][0], b[1][0][:, :8], atol=1e-5, rtol=1e-5)
+    padded, net = random_batch(B=1), random_model()
+    hidden = create_masks(padded.observed, 0.3, step_generator(0))
+    padded.valid[:, 8:] = False
+    a, b = (flat(net(create_inputs(batch, batch.observed & ~hidden[:, :rows], causal=False)))
+            for rows, batch in ((8, padded.rows(0, 8)), (12, tidy(padded))))
+    torch.testing.assert_close(a, b[:, :8], atol=1e-5, rtol=1e-5)
 
 
 def test_window_scale_stays_finite_and_calm():
-    x = torch.full((1, 50, 3), 3.0)
-    known = torch.ones(1, 50, 3, dtype=torch.bool)
-    known[..., 1] = False
-    center, scale = model.window_scale(x, known)
+    known = torch.tensor([True, False, True]).expand(1, 50, 3)
+    center, scale = model.window_scale(torch.full((1, 50, 3), 3.0), known)
     # no known cell: the train column's own
     assert center.flatten().tolist() == [3, 0, 3] and scale[0, 0, 1] == 1
     assert (scale > 0.1).all()  # no spread: not divided by nothing
 
 
 def test_unk_is_a_constant_zero():
-    net = random_model()
-    ids = torch.ones(1, 12, 2, dtype=torch.long)
-    shown = torch.ones(1, 12, 5, dtype=torch.bool)
-    zero = net.embed(torch.zeros(1, 12, 3), ids, shown, torch.zeros(1, 12, 4))
-    assert torch.equal(zero, net.embed.bias.expand(1, 12, 16))
+    embed, ids, shown = random_model().embed, torch.ones(1, 12, 2).long(), torch.ones(1, 12, 5).bool()
+    zero = embed(torch.zeros(1, 12, 3), ids, shown, torch.zeros(1, 12, 4))
+    assert torch.equal(zero, embed.bias.expand(1, 12, 16))
     zero.sum().backward()
-    assert net.embed.categories.weight.grad[0].abs().sum() == 0
+    assert embed.categories.weight.grad[0].abs().sum() == 0
 
 
 HOSTILE = {
@@ -672,7 +668,7 @@ HOSTILE = {
     "nothing observed": lambda b: b.observed.fill_(False),
     "constant columns": lambda b: b.numeric.fill_(2.0),
     "one category": lambda b: b.categorical.fill_(2),
-    "padding": lambda b: (b.valid[:, 5:].fill_(False), b.observed[:, 5:].fill_(False))}
+    "padding": lambda b: b.valid[:, 5:].fill_(False)}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -682,28 +678,19 @@ def test_loss_and_gradients_are_finite(how, shape, dtype):
     N, K = shape
     batch = random_batch(N=N, K=K)
     HOSTILE[how](batch)
-    batch = batch._replace(numeric=batch.numeric * batch.observed[..., :N],
-                           categorical=batch.categorical * batch.observed[..., N:])
     for rate in (1e-9, 0.5, 0.999):                         # next to none hidden: the mean of no cells is 0/0
         net = random_model(N, K)
-        inputs, targets = train_mlm.objective(batch, mlm_args(), step_generator(0), case=("cell", rate))
-        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-            guess = net(inputs)
-        loss = (model.sum_losses(guess, targets, UNIT[:N]) / model.count_scored(targets).clamp(min=1)).sum()
+        loss = mean_losses(net, *ask(tidy(batch), case=("cell", rate)), dtype).sum()
         loss.backward()
         assert torch.isfinite(loss)
         assert all(p.grad is None or torch.isfinite(p.grad).all() for p in net.parameters())
-    assert F.mse_loss(torch.zeros(0), torch.zeros(0)).isnan()                   # the naive form
 
 
 def test_bfloat16_stays_near_float32():
-    batch, found = random_batch(B=16), []
-    inputs, targets = train_mlm.objective(batch, mlm_args(), step_generator(0), case=("cell", 0.3))
+    asked, found = ask(random_batch(B=16), case=("cell", 0.3)), []
     for dtype in (torch.float32, torch.bfloat16):           # 8 bits of mantissa: steps of 0.4 %
         net = random_model()
-        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-            guess = net(inputs)
-        loss = (model.sum_losses(guess, targets, UNIT) / model.count_scored(targets)).sum()
+        loss = mean_losses(net, *asked, dtype).sum()
         loss.backward()
         found.append((loss.item(), torch.cat([p.grad.flatten() for p in net.parameters()])))
     (exact, gradient), (rough, other) = found
@@ -712,107 +699,91 @@ def test_bfloat16_stays_near_float32():
 
 
 def test_loss_is_the_mean_over_scored_cells():
-    batch, net = random_batch(), random_model()
-    args = mlm_args("--mask_share", 0.8, "--random_share", 0.1)
-    inputs, targets = train_mlm.objective(batch, args, step_generator(1), step=5)
-    guess = net(inputs)
-    numeric, categorical = model.sum_losses(guess, targets, UNIT) / model.count_scored(targets)
-    chosen = targets.score[..., :3]
+    net, (inputs, targets) = random_model(), ask(random_batch(), "--mask_share 0.8 --random_share 0.1")
+    guess, chosen = net(inputs), targets.score[..., :3]
     ours, truth = (guess.numeric / UNIT)[chosen], (targets.numeric / UNIT)[chosen]
-    torch.testing.assert_close(numeric, F.mse_loss(ours, truth))
-    entropies = []
-    for k in range(2):
-        here = targets.score[..., 3 + k]
-        entropies.append(F.cross_entropy(guess.logits[k][here], targets.categorical[..., k][here] - 2,
-                                         reduction="none"))
-    torch.testing.assert_close(categorical, torch.cat(entropies).mean())
+    entropies = [F.cross_entropy(logits[here], ids[here] - 2, reduction="none") for logits, ids, here in
+                 zip(guess.logits, targets.categorical.unbind(-1), targets.score[..., 3:].unbind(-1))]
+    expected = torch.stack([F.mse_loss(ours, truth), torch.cat(entropies).mean()])
+    torch.testing.assert_close(mean_losses(net, inputs, targets), expected)
     huber = model.sum_losses(guess, targets, UNIT, "huber")[0]
     torch.testing.assert_close(huber, F.huber_loss(ours, truth, reduction="sum"))
-    # naive: multiplying a NaN target by a mask of 0
-    assert (torch.tensor([1.0, float("nan")]) * torch.tensor([1.0, 0.0])).sum().isnan()
 
 
 # -----------------------------------------------------------------------------
 # the loop
 
 def test_loss_falls_and_beats_the_baselines(toy_csv, tmp_path):
-    history = train(toy_csv, tmp_path, "--seq_len", "32", "--n_layer", "2", "--n_embd", "32", "--lr", "3e-3",
-                    "--batch_size", "32", "--max_steps", "300", "--eval_every", "100", pictures=True)
+    history = train(toy_csv, tmp_path, LEARN, "--n_layer 2 --batch_size 32 --max_steps 300 --eval_every 100",
+                    pictures=True)
     assert history[-1]["val"] < 0.5 * history[0]["val"]
-    results = json.loads((tmp_path / "results.json").read_text())
-    expected = {"script", "data", "steps", "seconds", "n_params", "seed", "eval_mask_probs", "test"}
-    results["test"] = results["test"]["cell"]
-    assert set(results["test"]) == {"model", "mean", "last", "linear"} and set(results) == expected
-    for rate in range(4):
-        for name in ("mean", "last", "linear"):
-            assert results["test"]["model"]["mse"][rate] < 0.7 * results["test"][name]["mse"][rate]
+    found = results(tmp_path)
+    assert set(found) == FACTS | {"eval_mask_probs"}
+    errors = {name: np.array(means["mse"]) for name, means in found["test"]["cell"].items()}
+    assert set(errors) == {"model", "mean", "last", "linear"} and len(errors["model"]) == 4
+    ours = errors.pop("model")
+    assert all((ours < 0.7 * theirs).all() for theirs in errors.values())       # at every rate
     assert len(pd.read_csv(tmp_path / "log.csv")) == len(history)
-    assert (tmp_path / "loss.png").stat().st_size > 5000 and (tmp_path / "window.png").stat().st_size > 5000
+    assert all((tmp_path / name).stat().st_size > 5000 for name in PICTURES)
 
 
 def test_same_seed_same_bits_and_evaluation_changes_nothing(finished, toy_csv, tmp_path):
-    train(toy_csv, tmp_path, *EIGHT, "--eval_every", "1", "--eval_stride", "3")
-    assert same_bits(weights(finished[0]), weights(tmp_path))
-    train(toy_csv, tmp_path, *EIGHT, "--seed", "1")
-    assert not same_bits(weights(finished[0]), weights(tmp_path))
+    train(toy_csv, tmp_path, EIGHT, "--eval_every 1 --eval_stride 3")
+    assert same_bits(finished, tmp_path)
+    train(toy_csv, tmp_path, EIGHT, "--seed 1")
+    assert not same_bits(finished, tmp_path)
 
 
 def test_resume_ends_with_the_same_bits(finished, toy_csv, tmp_path, monkeypatch, capsys):
-    class Stop(Exception):
-        pass
     real = train_mlm.learning_rate
     def stop_at_five(step, args):
-        if step == 5:
-            raise Stop
+        assert step < 5, "stop"
         return real(step, args)
     monkeypatch.setattr(train_mlm, "learning_rate", stop_at_five)
-    with pytest.raises(Stop):
-        train(toy_csv, tmp_path, *EIGHT)
+    with pytest.raises(AssertionError, match="stop"):
+        train(toy_csv, tmp_path, EIGHT)
     assert len(pd.read_csv(tmp_path / "log.csv")) == 4      # written with last.pt, so the two always agree
     monkeypatch.undo()
-    history = train_mlm.main(["--resume", "--out_dir", str(tmp_path)])  # every other flag is the checkpoint's
-    assert same_bits(weights(finished[0]), weights(tmp_path))
+    history = resume(tmp_path)
+    assert same_bits(finished, tmp_path)
     assert [row["step"] for row in history] == list(range(1, 9))
     assert pd.read_csv(tmp_path / "log.csv")["step"].tolist() == list(range(1, 9))
-    assert [row["train"] for row in history] == pytest.approx([row["train"] for row in finished[1]])
+    whole = saved(finished)["history"]
+    assert [row["train"] for row in history] == pytest.approx([row["train"] for row in whole])
     capsys.readouterr()
-    train_mlm.main(["--resume", "--out_dir", str(tmp_path), "--max_steps", "9", "--weight_decay", "0.5"])
+    resume(tmp_path, "--max_steps 9 --weight_decay 0.5")
     assert "--max_steps 9 overrides 8" in capsys.readouterr().out
-    state = torch.load(tmp_path / "last.pt", weights_only=True)
-    assert state["optimizer"]["param_groups"][0]["weight_decay"] == 0.5
+    assert saved(tmp_path)["optimizer"]["param_groups"][0]["weight_decay"] == 0.5
 
 
-def test_a_non_finite_gradient_stops_before_the_step_and_says_why(toy_csv, tmp_path, monkeypatch, capsys):
-    real, models, seen = train_mlm.objective, [], []
+def test_a_non_finite_gradient_stops_before_the_step_and_says_why(finished, toy_csv, tmp_path, monkeypatch,
+                                                                  capsys):
+    models, seen = [], []
     def poisoned(batch, args, generator, step=None, case=None):
-        inputs, targets = real(batch, args, generator, step, case)
-        if step == 3 and case is None:                      # a NaN in `mirror` that has slipped past the door
-            at = (inputs.shown[..., 1] & inputs.known[..., 1]).nonzero()[0].tolist()
-            inputs.numeric[at[0], at[1], 1] = NAN
-            seen.append(batch.numeric[at[0], at[1], 1])
+        inputs, targets = OBJECTIVE(batch, args, generator, step, case)
+        if step == 3:                                       # a NaN in `mirror` that has slipped past the door
+            b, t = (inputs.shown[..., 1] & inputs.known[..., 1]).nonzero()[0].tolist()
+            inputs.numeric[b, t, 1] = NAN
+            seen.append(batch.numeric[b, t, 1])
         return inputs, targets
-    class Kept(model.TableTransformer):
-        def __init__(self, config):
-            super().__init__(config)
-            models.append(self)
+    def keep(config):
+        models.append(model.TableTransformer(config))
+        return models[0]
     monkeypatch.setattr(train_mlm, "objective", poisoned)
-    monkeypatch.setattr(train_mlm, "TableTransformer", Kept)
+    monkeypatch.setattr(train_mlm, "TableTransformer", keep)
     with pytest.raises(SystemExit) as stopped:
-        train(toy_csv, tmp_path, *EIGHT)
+        train(toy_csv, tmp_path, EIGHT)
     message = capsys.readouterr().err
-    assert stopped.value.code == 1 and "step 3" in message and "mirror: up to inf" in message
+    for said in ("step 3", "mirror: up to inf", "first output not finite: embed", "embed.weight", "--resume"):
+        assert said in message
     row = int(re.search(r"mirror: .* in row (\d+)", message)[1])
-    table = load_table(data_args("--data", toy_csv, "--seq_len", 16))
-    assert table.numeric[row, 1] == seen[0]                                     # that very cell
-    assert "first output not finite: embed" in message and "embed.weight" in message and "--resume" in message
-    for x in (*models[0].parameters(), *weights(tmp_path).values()):            # in memory and on disk
+    assert load_table(data_args("--data", toy_csv)).numeric[row, 1] == seen[0]  # that very cell
+    for x in (*models[0].parameters(), *saved(tmp_path)["model"].values()):     # in memory and on disk
         assert torch.isfinite(x).all()
-    assert torch.load(tmp_path / "last.pt", weights_only=True)["step"] == 3     # nothing of it is lost
+    assert stopped.value.code == 1 and saved(tmp_path)["step"] == 3             # nothing of it is lost
     monkeypatch.undo()
-    train_mlm.main(["--resume", "--out_dir", str(tmp_path)])
-    whole = tmp_path / "whole"
-    train(toy_csv, whole, *EIGHT)
-    assert same_bits(weights(tmp_path), weights(whole))
+    resume(tmp_path)
+    assert same_bits(finished, tmp_path)
 
 
 def test_the_first_module_that_breaks_is_found():
@@ -824,24 +795,23 @@ def test_the_first_module_that_breaks_is_found():
     assert model.first_non_finite(net, inputs) == "blocks.1.mlp.fc"
 
 
-@pytest.mark.parametrize("when,saved", [(4, 5), (8, 8)])        # between evaluations, and in the last one
-def test_ctrl_c_saves_and_says_how_to_go_on(when, saved, finished, toy_csv, tmp_path, monkeypatch, capsys):
-    real, now = train_mlm.objective, []
+@pytest.mark.parametrize("when,last", [([4], 5), ([8, None], 8)])   # in a step, and in the last evaluation
+def test_ctrl_c_saves_and_says_how_to_go_on(when, last, finished, toy_csv, tmp_path, monkeypatch, capsys):
+    steps = []
     def press(batch, args, generator, step=None, case=None):
-        now[:] = [step] if case is None else now
-        if step == when or when == 8 and now == [7] and case is not None and "pressed" not in now:
-            now.append("pressed")
-            os.kill(os.getpid(), signal.SIGINT)             # in the middle of a step, or of an evaluation
-        return real(batch, args, generator, step, case)
+        steps.append(step)                                  # None: an evaluation
+        if steps[-len(when):] == when:
+            os.kill(os.getpid(), signal.SIGINT)
+        return OBJECTIVE(batch, args, generator, step, case)
     monkeypatch.setattr(train_mlm, "objective", press)
     with pytest.raises(SystemExit) as stopped:
-        train(toy_csv, tmp_path, *EIGHT)
+        train(toy_csv, tmp_path, EIGHT)
     said = capsys.readouterr().out.splitlines()[-1]
     assert stopped.value.code == 130 and f"--resume --out_dir {tmp_path}" in said
-    assert torch.load(tmp_path / "last.pt", weights_only=True)["step"] == saved
+    assert saved(tmp_path)["step"] == last
     monkeypatch.undo()
     train_mlm.main(shlex.split(said.split(".py ")[1]))
-    assert same_bits(weights(finished[0]), weights(tmp_path))
+    assert same_bits(finished, tmp_path)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
@@ -849,13 +819,13 @@ def test_ctrl_c_saves_and_says_how_to_go_on(when, saved, finished, toy_csv, tmp_
 def test_killed_at_any_moment(kills, toy_csv, tmp_path):
     """SIGKILL at random moments of a run that saves at every step: it goes on and ends with the same bits."""
     rng, out = np.random.default_rng(kills), tmp_path / "killed"
-    flags = [*SMALL, "--max_steps", str(20 * kills), "--eval_every", "1", "--data", toy_csv]
+    last, flags = out / "last.pt", words("--max_steps", 20 * kills, "--eval_every 1")
     command = [sys.executable, "train_mlm.py", "--out_dir", str(out)]
     for kill in range(kills + 1):
-        last = out / "last.pt"
         was = last.stat().st_mtime_ns if last.exists() else 0
-        run = subprocess.Popen([*command, *(["--resume"] if was else flags)], cwd=ROOT,
-                               stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        how = ["--resume"] if was else [*SMALL, "--data", toy_csv, *flags]
+        run = subprocess.Popen([*command, *how], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+                               text=True)
         if kill < kills:
             while not last.exists() or last.stat().st_mtime_ns == was:          # until it saves
                 assert run.poll() is None, run.stderr.read()
@@ -864,67 +834,58 @@ def test_killed_at_any_moment(kills, toy_csv, tmp_path):
             run.kill()
         assert run.wait(timeout=300) in (-signal.SIGKILL, 0), run.stderr.read()
     train(toy_csv, tmp_path / "whole", *flags)
-    assert same_bits(weights(out), weights(tmp_path / "whole"))
-    assert not list(out.glob("*.tmp"))
+    assert same_bits(out, tmp_path / "whole") and not list(out.glob("*.tmp"))
 
 
 def test_a_full_disk_is_one_sentence_and_loses_nothing(finished, toy_csv, tmp_path):
-    before = {f.name: f.read_bytes() for f in finished[0].glob("*.pt")}
-    for name, content in before.items():
-        (tmp_path / name).write_bytes(content)
-    code = ("import resource, train_mlm; resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)); "
-            f"train_mlm.main(['--resume', '--max_steps', '10', '--out_dir', {str(tmp_path)!r}])")
-    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    code = ("import resource, sys, train_mlm; resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)); "
+            "train_mlm.main(sys.argv[1:])")
+    run = python("-c", code, "--resume", "--max_steps", 10, "--out_dir", tmp_path)
     assert run.returncode == 2 and "cannot be written" in run.stderr and "Traceback" not in run.stderr
-    assert before == {f.name: f.read_bytes() for f in tmp_path.glob("*.pt*")}   # and no half file beside them
+    before, after = ({f.name: f.read_bytes() for f in out.glob("*.pt*")} for out in (finished, tmp_path))
+    assert before == after                                  # and no half file beside them
 
 
-OBJECTIVE = train_mlm.objective
-
-
-def window_by_window(batch, args, generator, step=None, case=None):
-    """The objective with each window's masks drawn on their own, so that they do not depend on its batch."""
-    def joined(items):
-        return type(items[0])(*(None if x[0] is None else torch.cat(x) for x in zip(*items)))
-    parts = []
-    for b in range(len(batch.valid)):
-        own = step_generator(int(1e6 * batch.numeric[b].abs().sum()))
-        parts.append(OBJECTIVE(Batch(*(x[b:b + 1] for x in batch)), args, own, step, case))
-    return tuple(joined(items) for items in zip(*parts))
+def in_parts(batch, args, generators, step=None, case=None):
+    """The objective of equal parts of a batch, each with its own generator, joined."""
+    size = len(batch.valid) // len(generators)
+    parts = [OBJECTIVE(Batch(*x), args, generator, step, case)
+             for *x, generator in zip(*(x.split(size) for x in batch), generators)]
+    return [type(first)(*(None if x[0] is None else torch.cat(x) for x in zip(first, *others)))
+            for first, *others in zip(*parts)]
 
 
 def test_small_batches_accumulate_to_one_large_step(toy_csv, tmp_path, monkeypatch):
     """Micro-batches with different numbers of hidden cells weigh as in one batch: one division a step."""
+    def window_by_window(batch, args, generator, step=None, case=None):
+        own = [step_generator(int(1e6 * x.abs().sum())) for x in batch.numeric]         # whatever the batch
+        return in_parts(batch, args, own, step, case)
     monkeypatch.setattr(train_mlm, "objective", window_by_window)
-    flags = ["--max_steps", "3", "--warmup_steps", "0"]
-    train(toy_csv, tmp_path / "whole", *flags, "--batch_size", "8")
-    train(toy_csv, tmp_path / "parts", *flags, "--batch_size", "2", "--grad_accum", "4")
-    whole, parts = weights(tmp_path / "whole"), weights(tmp_path / "parts")
-    for name in whole:
-        torch.testing.assert_close(parts[name], whole[name], atol=1e-5, rtol=1e-4)
+    flags = "--max_steps 3 --warmup_steps 0"
+    train(toy_csv, tmp_path / "whole", flags, "--batch_size 8")
+    train(toy_csv, tmp_path / "parts", flags, "--batch_size 2 --grad_accum 4")
+    whole, parts = saved(tmp_path / "whole")["model"], saved(tmp_path / "parts")["model"]
+    torch.testing.assert_close(parts, whole, atol=1e-5, rtol=1e-4)
 
 
 def test_learning_rate_starts_above_zero_and_ends_at_the_floor():
-    args = mlm_args("--lr", 1, "--min_lr", 0.1, "--warmup_steps", 10, "--max_steps", 100)
+    args = mlm_args("--lr 1 --min_lr 0.1 --warmup_steps 10 --max_steps 100")
     rates = [train_mlm.learning_rate(s, args) for s in range(100)]
     assert rates[0] == 0.1 and max(rates) == rates[9] == 1 and rates[-1] == pytest.approx(0.1)
-    assert train_mlm.learning_rate(0, mlm_args("--warmup_steps", 0, "--max_steps", 1)) > 0
+    assert train_mlm.learning_rate(0, mlm_args("--warmup_steps 0 --max_steps 1")) > 0
 
 
 @pytest.mark.parametrize("flags", [
-    ["--mask_style", "span"], ["--mask_share", "0.8", "--random_share", "0.1"], ["--mask_prob_start", "0.05"],
-    ["--mask_spread", "0"], ["--mask_prob", "0.95"],
-    ["--mask_prob", "0.6", "--mask_style", "span"], ["--score", "observed"],
-    ["--mask_style", "span", "--mask_span", "1.2", "--mask_prob", "0.08", "--eval_mask_probs", "0.1"],
-    ["--dtype", "bfloat16"],
-    ["--loss", "huber", "--grad_accum", "2", "--grad_clip", "0"],
-    ["--dtype", "float16"], ["--scaler", "robust", "--seq_len", "1"], ["--drop_cols", "sign", "date"],
-    ["--drop_cols", "wave", "mirror"], ["--categorical_cols", "wave"], ["--seq_len", "100000"],
-    ["--max_steps", "0"]])
+    "--mask_style span", "--mask_share 0.8 --random_share 0.1", "--mask_prob_start 0.05", "--mask_spread 0",
+    "--mask_prob 0.95", "--mask_prob 0.6 --mask_style span", "--score observed",
+    "--mask_style span --mask_span 1.2 --mask_prob 0.08 --eval_mask_probs 0.1", "--dtype bfloat16",
+    "--loss huber --grad_accum 2 --grad_clip 0", "--dtype float16", "--scaler robust --seq_len 1",
+    "--drop_cols sign date", "--drop_cols wave mirror", "--categorical_cols wave", "--seq_len 100000",
+    "--max_steps 0"])
 def test_flags_run(flags, toy_csv, tmp_path, capsys):
-    history = train(toy_csv, tmp_path, "--max_steps", "2", *flags)
-    # float16 begins with too large a loss scale: the first norms are inf, their steps left out, the scale
-    # halved
+    history = train(toy_csv, tmp_path, "--max_steps 2", flags)
+    # float16 begins with too large a loss scale: the first norms are inf, their steps left out
     finite = ("train", "val") if "float16" in flags else ("train", "val", "norm")
     assert all(math.isfinite(row[name]) for row in history for name in finite)
     assert (tmp_path / "results.json").exists()
@@ -933,24 +894,23 @@ def test_flags_run(flags, toy_csv, tmp_path, capsys):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 @pytest.mark.parametrize("script", [train_mlm, train_ar])
-@pytest.mark.parametrize("flags", [[], ["--dtype", "float16"], ["--dtype", "float32"], ["--compile"]])
+@pytest.mark.parametrize("flags", ["", "--dtype float16", "--dtype float32", "--compile"])
 def test_a_gpu_trains(script, flags, toy_csv, tmp_path):
-    history = train(toy_csv, tmp_path, "--device", "cuda", "--max_steps", "20", *flags, script=script)
+    history = train(toy_csv, tmp_path, "--device cuda --max_steps 20", flags, script=script)
     assert math.isfinite(history[-1]["val"]) and history[-1]["val"] < 1.1 * history[0]["val"]
 
 
 @pytest.mark.parametrize("script", [train_mlm, train_ar])
 def test_a_table_without_numbers_is_trained_and_drawn(script, toy_csv, tmp_path):
-    train(toy_csv, tmp_path, "--drop_cols", "wave", "mirror", script=script, pictures=True)
+    train(toy_csv, tmp_path, "--drop_cols wave mirror", script=script, pictures=True)
     assert len(list(tmp_path.glob("*.png"))) == 3
 
 
 @pytest.mark.parametrize("script", [train_mlm, train_ar])
 def test_planets_are_drawn_in_the_plane(script, tmp_path, monkeypatch):
     monkeypatch.setitem(data.SIMULATIONS, "planets", lambda: data.simulate_planets(20))
-    train("planets", tmp_path, "--seq_len", "20", script=script, pictures=True)
-    results = json.loads((tmp_path / "results.json").read_text())
-    assert "model" in str(results["test"]) and (tmp_path / "window.png").stat().st_size > 5000
+    train("planets", tmp_path, "--seq_len 20", script=script, pictures=True)
+    assert "model" in str(results(tmp_path)["test"]) and (tmp_path / "window.png").stat().st_size > 5000
 
 
 def test_help_lists_every_flag_with_help_and_default():
@@ -961,76 +921,62 @@ def test_help_lists_every_flag_with_help_and_default():
         assert f"(default: {action.default})".replace("%%", "%") in text, action.dest
 
 
-MARKER = "# ---- from here to the end"
-
-
 def test_below_the_marker_the_two_scripts_are_one():
     """Forking one of them? Then this test has done its work: delete it."""
-    tops, bottoms = zip(*((ROOT / f"train_{name}.py").read_text().split(MARKER) for name in ("mlm", "ar")))
+    tops, bottoms = zip(*((ROOT / name).read_text().split("# ---- from here to the end") for name in SCRIPTS))
     assert bottoms[0] == bottoms[1] and bottoms[0].count("\n") > 300
     blocks = [top[top.index("# THE OBJECTIVE"):].splitlines() for top in tops]
     changed = [line for line in difflib.unified_diff(*blocks, n=0) if line[0] in "+-"][2:]
     assert len(changed) <= 80
     shown = re.findall(r"^```diff\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)
     assert "".join(shown).splitlines() == changed           # the README prints all of it
-    flags = [[a.option_strings[0] for a in script.get_parser()._actions] for script in (train_mlm, train_ar)]
-    own = [[f for f in mine if f not in other] for mine, other in (flags, flags[::-1])]
-    assert [f for f in flags[0] if f not in own[0]] == [f for f in flags[1] if f not in own[1]]
-    defaults = [vars(script.get_parser().parse_args([])) for script in (train_mlm, train_ar)]
-    for name in set(defaults[0]) & set(defaults[1]) - {"data", "out_dir", "max_steps", "category_weight"}:
-        assert defaults[0][name] == defaults[1][name], name
+    ours, theirs = vars(mlm_args()), vars(ar_args())        # flags and defaults, in the order of --help
+    assert [name for name in ours if name in theirs] == [name for name in theirs if name in ours]
+    for name in ours.keys() & theirs.keys() - {"data", "out_dir", "max_steps", "category_weight"}:
+        assert ours[name] == theirs[name], name
 
 
 def test_autoregression_beats_its_baselines(tmp_path):
     toy(1000, noise=0.05).to_csv(tmp_path / "calm.csv", index=False)
-    history = train(tmp_path / "calm.csv", tmp_path, "--seq_len", "32", "--n_layer", "2", "--n_embd", "32",
-                    "--lr", "3e-3", "--batch_size", "32", "--max_steps", "200", "--eval_every", "100",
-                    "--season", "4", "--given", "16", "--horizons", "1", "5", "10",
+    history = train(tmp_path / "calm.csv", tmp_path, LEARN, "--n_layer 2 --batch_size 32 --max_steps 200",
+                    "--eval_every 100 --season 4 --given 16 --horizons 1 5 10",
                     script=train_ar, pictures=True)
     assert history[-1]["val"] < 0.7 * history[0]["val"]
-    results = json.loads((tmp_path / "results.json").read_text())
-    expected = {"script", "data", "steps", "seconds", "n_params", "seed", "horizons", "test"}
-    assert set(results) == expected and results["horizons"] == [1, 5, 10]
-    ours = results["test"].pop("model")
-    assert set(results["test"]) == {"last", "linear", "season"}
-    for theirs in results["test"].values():
+    found = results(tmp_path)
+    assert set(found) == FACTS | {"horizons"} and found["horizons"] == [1, 5, 10]
+    ours = found["test"].pop("model")
+    assert set(found["test"]) == {"last", "linear", "season"}
+    for theirs in found["test"].values():
         assert set(theirs) == {"next_mse", "next_accuracy", "rollout_mse"}
         assert ours["next_mse"] < 0.8 * theirs["next_mse"]
         assert all(a < 0.8 * b for a, b in zip(ours["rollout_mse"][1:], theirs["rollout_mse"][1:]))
-    for picture in ("loss.png", "errors.png", "window.png"):
-        assert (tmp_path / picture).stat().st_size > 5000
+    assert all((tmp_path / name).stat().st_size > 5000 for name in PICTURES)
 
 
 def test_a_roll_out_asks_for_test_rows_alone():
-    frame, own_units = pd.DataFrame({"x": np.arange(300.0)}), ["--scaler", "none", "--clip", 1e9]
-    table = load_table(data_args(*own_units), frame)
-    args = ar_args("--given", 10, "--horizons", 19, "--eval_stride", 1)
-    one_group = load_table(data_args(*own_units, "--group_col", "g"), frame.assign(g="a"))
-    assert torch.equal(train_ar.roll_out_windows(one_group, args), train_ar.roll_out_windows(table, args))
-    batch = table.batch(train_ar.roll_out_windows(table, args)).rows(0, 29)
-    rows = batch.numeric[..., 0] + table.schema.center[0]
+    frame, own_units = pd.DataFrame({"x": np.arange(300.0)}), "--scaler none --clip 1e9"
+    table, one_group = table_of(frame, own_units), table_of(frame.assign(g="a"), own_units, "--group_col g")
+    args = ar_args("--given 10 --horizons 19 --eval_stride 1")
+    windows = train_ar.roll_out_windows(table, args)
+    assert torch.equal(train_ar.roll_out_windows(one_group, args), windows)
+    rows = table.batch(windows).rows(0, 29).numeric[..., 0] + table.schema.center[0]
     assert rows[:, 10:].min().round() == 255 and rows.max().round() == 299      # the test rows, all of them
     assert rows[0, 0].round() == 245                                            # naive starts: 159 to 204
-    table = load_table(data_args("--data", "planets"), data.simulate_planets(60))
+    table = table_of(data.simulate_planets(60), "--data planets")
     windows = train_ar.roll_out_windows(table, ar_args())
     assert torch.equal(windows, table.segments["test"])                         # rows 0 to 9 of each system
 
 
-def test_a_column_empty_in_train_is_rolled_out(tmp_path):
-    toy().assign(late=[None] * 350 + ["p"] * 50).to_csv(tmp_path / "late.csv", index=False)
-    train(tmp_path / "late.csv", tmp_path, script=train_ar)
-    assert (tmp_path / "results.json").exists()
-
-
-def test_the_final_roll_out_is_without_dropout(toy_csv, tmp_path, monkeypatch):
+def test_the_final_roll_out_takes_a_column_empty_in_train_and_no_dropout(tmp_path, monkeypatch):
     real, modes = train_ar.examine, []
     monkeypatch.setattr(train_ar, "examine", lambda net, *a: modes.append(net.training) or real(net, *a))
-    train(toy_csv, tmp_path, "--dropout", "0.5", script=train_ar)
-    assert modes == [False]
+    toy().assign(late=[None] * 350 + ["p"] * 50).to_csv(tmp_path / "late.csv", index=False)
+    train(tmp_path / "late.csv", tmp_path, "--dropout 0.5", script=train_ar)
+    assert modes == [False] and (tmp_path / "results.json").exists()
 
 
 def test_jitter_leaves_alone_what_does_not_move():
-    numeric, known = torch.full((2, 8, 1), 3.0), torch.ones(2, 8, 1, dtype=torch.bool)
+    numeric, known = torch.full((2, 8, 1), 3.0), torch.ones(2, 8, 1).bool()
     known[:, :2] = False                                    # the first known row has no step
     assert torch.equal(masking.jitter(numeric, known, 0.5, step_generator(0)), numeric)
     moving = numeric * torch.arange(8)[None, :, None]
@@ -1040,78 +986,74 @@ def test_jitter_leaves_alone_what_does_not_move():
 
 def test_autoregression_stops_resumes_and_runs_in_bfloat16(toy_csv, tmp_path):
     train(toy_csv, tmp_path / "whole", script=train_ar)
-    train(toy_csv, tmp_path / "parts", "--max_steps", "2", "--warmup_steps", "2", script=train_ar)
-    assert not same_bits(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
-    history = train(toy_csv, tmp_path / "half", "--dtype", "bfloat16", "--loss", "huber", script=train_ar)
+    train(toy_csv, tmp_path / "parts", "--max_steps 2", script=train_ar)        # both steps are warmup
+    assert not same_bits(tmp_path / "whole", tmp_path / "parts")
+    resume(tmp_path / "parts", "--max_steps 4", script=train_ar)
+    assert same_bits(tmp_path / "whole", tmp_path / "parts")
+    history = train(toy_csv, tmp_path / "half", "--dtype bfloat16 --loss huber", script=train_ar)
     assert all(math.isfinite(row["train"]) for row in history)
 
 
 # -----------------------------------------------------------------------------
 # bad input: one sentence, exit code 2, nothing overwritten
 
-def refused(argv, capsys, *words):
+def refused(run, capsys, says):
+    """The run ends with code 2 and one sentence that has in it all that `says` names, separated by " / "."""
     with pytest.raises(SystemExit) as stopped:
-        train_mlm.main([str(a) for a in argv])
+        run()
     message = capsys.readouterr().err
     assert stopped.value.code == 2 and "Traceback" not in message
     last = message.strip().splitlines()[-1]
-    assert "error: " in last and all(word in last for word in words), message
-    return message
+    assert "error: " in last and all(part in last for part in says.split(" / ")), message
 
 
-@pytest.mark.parametrize("content,flags,words", [
-    (None, [], ["no such file"]), ("", [], ["cannot read"]), ("a,b\n", [], ["no rows"]),
-    ("a;b\n1;2\n", [], ["separator", "--read_csv"]),
-    ("a,b\n1,2\n", [], ["--split"]),
-    ("date\n2024-01-01\n2024-01-02\n", [], ["no usable column"]),
-    ("toy", ["--time_col", "sign"], ["--time_col sign"]), ("toy", ["--split", "inf", "1", "1"], ["--split"]),
-    ("toy", ["--mask_style", "span", "--mask_prob_start", "0.95"], ["--mask_span"]),
-    ("toy", ["--drop_cols", "nope"], ["nope", "wave"]), ("toy", ["--time_col", "nope"], ["nope"]),
-    ("toy", ["--split", "390", "10", "0"], ["test", "--split"]),
-    ("toy", ["--split", "500", "10", "10"], ["520", "400"]),
-    ("toy", ["--split", "nan", "1", "1"], ["--split"]),
-    ("toy", ["--split", "0.7", "0.2", "0.2"], ["exceed 1"]),
-    ("toy", ["--numeric_cols", "sign"], ["sign", "number"]), ("a;b\n1,5;2,5\n3,5;4,5\n", [], ["separator"]),
-    ("toy", ["--n_embd", "30", "--n_head", "4"], ["n_embd 30", "n_head 4"]),
-    ("toy", ["--mask_prob", "0"], ["--mask_prob"]), ("toy", ["--mask_prob", "1"], ["--mask_prob"]),
-    ("toy", ["--mask_share", "0.8", "--random_share", "0.3"], ["--mask_share", "--random_share"]),
-    ("toy", ["--mask_style", "span", "--mask_span", "1"], ["--mask_span"]),
-    ("toy", ["--fill", "nowhere/filled.csv"], ["--fill", "nowhere"]), ("toy", ["--fill", "x.xlsx"], [".csv"]),
-    ("t,x\nUTC,m/s\n" + "".join(f"2024-01-{i},{i}\n" for i in range(10, 32)), [], ["'t'", "'UTC'", "skip"]),
-    ("toy", ["--mask_pro", "0.2"], ["--mask_pro"]), ("toy", ["--clip", "0"], ["--clip"]),
-    ("toy", ["--batch_size", "0"], ["--batch_size"]), ("toy", ["--device", "cuda:99"], ["--device"]),
-    ("toy", ["--read_csv", "nonsense=1"], ["nonsense"]), ("toy", ["--resume"], ["no such checkpoint"])])
-def test_bad_input_is_one_sentence(content, flags, words, toy_csv, tmp_path, capsys):
-    path = toy_csv if content == "toy" else tmp_path / "bad.csv"
-    if content not in (None, "toy"):
-        path.write_text(content)
-    out = tmp_path / "out"
-    refused(["--data", path, *SMALL, *flags, "--out_dir", out], capsys, *words)
-    assert not out.exists()
+@pytest.mark.parametrize("content,says", [
+    (None, "no such file"), ("", "cannot read"), ("a,b\n", "no rows"), ("a,b\n1,2\n", "--split"),
+    ("a;b\n1;2\n", "separator / --read_csv"), ("a;b\n1,5;2,5\n3,5;4,5\n", "separator"),
+    ("date\n2024-01-01\n2024-01-02\n", "no usable column"),
+    ("t,x\nUTC,m/s\n" + "".join(f"2024-01-{i},{i}\n" for i in range(10, 32)), "'t' / 'UTC' / skip")])
+def test_a_bad_file_is_one_sentence(content, says, tmp_path, capsys):
+    if content is not None:
+        (tmp_path / "bad.csv").write_text(content)
+    refused(lambda: train(tmp_path / "bad.csv", tmp_path / "out"), capsys, says)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("flags,says", [
+    ("--time_col sign", "--time_col sign"), ("--split inf 1 1", "--split"), ("--split nan 1 1", "--split"),
+    ("--mask_style span --mask_prob_start 0.95", "--mask_span"), ("--drop_cols nope", "nope / wave"),
+    ("--time_col nope", "nope"), ("--split 390 10 0", "test / --split"), ("--split 500 10 10", "520 / 400"),
+    ("--split 0.7 0.2 0.2", "exceed 1"), ("--numeric_cols sign", "sign / number"),
+    ("--n_embd 30 --n_head 4", "n_embd 30 / n_head 4"), ("--mask_prob 0", "--mask_prob"),
+    ("--mask_prob 1", "--mask_prob"), ("--mask_style span --mask_span 1", "--mask_span"),
+    ("--mask_share 0.8 --random_share 0.3", "--mask_share / --random_share"), ("--clip 0", "--clip"),
+    ("--fill nowhere/filled.csv", "--fill / nowhere"), ("--fill x.xlsx", ".csv"),
+    ("--mask_pro 0.2", "--mask_pro"), ("--batch_size 0", "--batch_size"), ("--device cuda:99", "--device"),
+    ("--read_csv nonsense=1", "nonsense"), ("--resume", "no such checkpoint")])
+def test_a_bad_flag_is_one_sentence(flags, says, toy_csv, tmp_path, capsys):
+    refused(lambda: train(toy_csv, tmp_path / "out", flags), capsys, says)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_checkpoint_of_another_table_or_none_is_refused_and_kept(finished, toy_csv, tmp_path, capsys):
-    out, _ = finished
+    out, other = finished, tmp_path / "other.csv"
     before = {f.name: f.read_bytes() for f in out.iterdir()}
-    other = tmp_path / "other.csv"
     toy(seed=5).rename(columns={"wave": "surf"}).to_csv(other, index=False)
-    refused(["--resume", "--out_dir", out, "--data", other], capsys, "another table")
-    refused(["--resume", "--out_dir", out, "--n_embd", "32"], capsys, "another shape")
-    refused(["--resume", "--out_dir", out, "--n_head", "4"], capsys, "another shape")       # same weights
+    refused(lambda: resume(out, "--data", other), capsys, "another table")
+    refused(lambda: resume(out, "--n_embd 32"), capsys, "another shape")
+    refused(lambda: resume(out, "--n_head 4"), capsys, "another shape")         # same weights
+    refused(lambda: resume(out, script=train_ar), capsys, "train_ar.py")        # which look alike
     assert before == {f.name: f.read_bytes() for f in out.iterdir()}
-    with pytest.raises(SystemExit):                         # the other script's weights look alike
-        train_ar.main(["--resume", "--out_dir", str(out)])
-    assert "train_ar.py" in capsys.readouterr().err
     (tmp_path / "last.pt").write_bytes((out / "last.pt").read_bytes()[:1000])
-    refused(["--resume", "--out_dir", tmp_path], capsys, "cannot be read")
-    torch.save({"weights": torch.ones(2)}, tmp_path / "last.pt")                            # somebody else's
-    refused(["--resume", "--out_dir", tmp_path], capsys, "cannot be read")
+    refused(lambda: resume(tmp_path), capsys, "cannot be read")
+    torch.save({"weights": torch.ones(2)}, tmp_path / "last.pt")                # somebody else's
+    refused(lambda: resume(tmp_path), capsys, "cannot be read")
 
 
 def test_an_out_dir_that_cannot_be_written(toy_csv, tmp_path, capsys):
-    refused(["--data", toy_csv, *SMALL, "--out_dir", f"{toy_csv}/out"], capsys, "--out_dir", "cannot be made")
+    refused(lambda: train(toy_csv, f"{toy_csv}/out"), capsys, "--out_dir / cannot be made")
     (tmp_path / "log.csv").mkdir()                          # in the way
-    refused(["--data", toy_csv, *SMALL, "--out_dir", tmp_path], capsys, "log.csv", "cannot be written")
+    refused(lambda: train(toy_csv, tmp_path), capsys, "log.csv / cannot be written")
 
 
 def test_a_checkpoint_cannot_run_code(tmp_path, capsys):
@@ -1121,7 +1063,7 @@ def test_a_checkpoint_cannot_run_code(tmp_path, capsys):
     for write in (lambda path: torch.save({"model": Malicious()}, path),
                   lambda path: path.write_bytes(pickle.dumps(Malicious(), protocol=2))):
         write(tmp_path / "last.pt")
-        refused(["--resume", "--out_dir", tmp_path], capsys, "cannot be read")
+        refused(lambda: resume(tmp_path), capsys, "cannot be read")
     assert not (tmp_path / "owned").exists()
     with contextlib.suppress(Exception):                    # naive
         torch.load(tmp_path / "last.pt", weights_only=False)
@@ -1138,7 +1080,7 @@ def stamp(i, form="%d.%m.%Y %H:%M"):
 def own_files():
     """Files in the manner of real exports: {name: (bytes, flags, {column position: what marks a hole})}."""
     rng, wave = np.random.default_rng(0), np.sin(np.arange(160) / 9)
-    hole = lambda text, mark="", share=0.15: mark if rng.random() < share else text
+    hole = lambda text, mark="": mark if rng.random() < 0.15 else text
     european = "\ufeffZeit;Temp.;Zähler;Kennung;Zustand;leer\r\n" + "".join(
         f'{stamp(i)};{hole(f"{20 + 3 * w:.2f}".replace(".", ","))};{hole(str(100 + i))};{hole("007")};'
         f'{hole(chr(34) + ("an; offen" if w > 0 else "aus") + chr(34))};\r\n' for i, w in enumerate(wave))
@@ -1153,19 +1095,13 @@ def own_files():
         f'{well:03d},{stamp(96 * i, "%Y-%m-%d")},{hole(f"{w + well:.3f}")},'
         f'{hole("dry" if w > 0 else "wet")}\n'
         for i, w in enumerate(wave) for well in range(1, 6) if i < 20 * well + 40)
-    return {"european.csv": (european.encode(), ["--read_csv", "sep=; decimal=,", "--categorical_cols",
-                                                 "Kennung"], {1: {""}, 2: {""}, 3: {""}, 4: {""}}),
-            "logger.csv": (logger.encode(), [], {1: {"?"}, 2: {""}, 3: {"-1.18e42", "inf"}}),
-            "index.csv": (index.encode(), [], {1: {""}, 2: {""}}),
-            "export.csv": (index.replace(",a,b", "\ufeff,a,a").encode(), [
-                "--read_csv", "na_values=[2.25, 'No Data']"], {1: {""}, 2: {"", "2.25"}}),
-            "wells.csv.gz": (gzip.compress(wells.encode()), ["--group_col", "well"], {2: {""}, 3: {""}})}
-
-
-def csv_rows(path, delimiter):
-    raw = Path(path).read_bytes()
-    text = (gzip.decompress(raw) if str(path).endswith(".gz") else raw).decode("utf-8-sig")
-    return list(csv.reader(io.StringIO(text), delimiter=delimiter))
+    return {"european.csv": (european.encode(), "--read_csv 'sep=; decimal=,' --categorical_cols Kennung",
+                             {1: {""}, 2: {""}, 3: {""}, 4: {""}}),
+            "logger.csv": (logger.encode(), "", {1: {"?"}, 2: {""}, 3: {"-1.18e42", "inf"}}),
+            "index.csv": (index.encode(), "", {1: {""}, 2: {""}}),
+            "export.csv": (index.replace(",a,b", "\ufeff,a,a").encode(),
+                           """--read_csv "na_values=[2.25, 'No Data']" """, {1: {""}, 2: {"", "2.25"}}),
+            "wells.csv.gz": (gzip.compress(wells.encode()), "--group_col well", {2: {""}, 3: {""}})}
 
 
 @pytest.mark.parametrize("name", own_files())
@@ -1173,63 +1109,59 @@ def test_a_file_is_filled_and_otherwise_as_it_was(name, tmp_path, capsys):
     content, flags, marks = own_files()[name]
     (tmp_path / name).write_bytes(content)
     out = tmp_path / f"filled_{name}"
-    train(tmp_path / name, tmp_path / "out", "--fill", str(out), *flags)
-    said, sep = capsys.readouterr().out, ";" if "sep=;" in str(flags) else ","
-    before, after = csv_rows(tmp_path / name, sep), csv_rows(out, sep)
-    assert after[0] == before[0] and len(after) == len(before)
-    filled = collections.Counter()
-    for old, new in zip(before[1:], after[1:]):
-        for j, (a, b) in enumerate(zip(old, new, strict=True)):
-            if a in marks.get(j, ()):
-                filled[j] += 1
-                own = {row[j] for row in before[1:]} - marks[j]
-                number = r"-?\d+" + next((f"[.,]\\d{{{len(re.split('[.,]', x)[1])}}}" for x in own
-                                         if re.fullmatch(r"-?\d+[.,]\d+", x)), "")
-                assert b in own or re.fullmatch(number, b), (j, b)
-            else:
-                assert a == b, (j, a, b)
-    assert set(filled) == set(marks)
+    train(tmp_path / name, tmp_path / "out", "--fill", out, flags)
+    said, sep = capsys.readouterr().out, ";" if "sep=;" in flags else ","
+    before, after = (pd.read_csv(path, sep=sep, header=None, dtype=str, na_filter=False, encoding="utf-8-sig")
+                     for path in (tmp_path / name, out))
+    holes = pd.DataFrame({j: before[j].isin(marks.get(j, ())) for j in before})
+    assert ((after == before) | holes).all(axis=None) and (holes.any()[list(marks)]).all()
+    for j in marks:
+        own = before[j][~holes[j]][1:]                      # below the header; numbers have as many decimals
+        decimals = own[own.str.fullmatch(r"-?\d+[.,]\d+")].str.replace(r".*[.,]", "", regex=True).str.len()
+        number = rf"-?\d+[.,]\d{{{decimals.iloc[0]}}}" if len(decimals) else r"-?\d+"
+        filled = after[j][holes[j]]
+        assert (filled.isin(own) | filled.str.fullmatch(number)).all(), filled
     counts = [int(x.replace(",", "")) for x in re.findall(r"^.{32} +([\d,]+) +[\d,]+ +\S+ +\S+$",
                                                           said[said.index("filled  "):], re.M)]
-    assert sum(counts) == sum(filled.values())              # what it says is what it did
+    assert sum(counts) == holes.sum().sum()                 # what it says is what it did
     assert ("left empty" in said) == (name == "european.csv")
     naive = pd.read_csv(io.StringIO("a\n007\n1.50\n"), dtype=None).to_csv(index=False)
     assert naive == "a\n7.0\n1.5\n"                         # what pandas alone gives back
 
 
-@pytest.mark.parametrize("content,flags", [
-    ("x\n" + "1\n\n" * 60, []), ("x\n" + "".join(f" {i}.25 \n\n" for i in range(60)), []),
-    ("code,x\n" + "".join(f"{i % 9:04d},{i}\n,\n" for i in range(60)), []),
-    ("x|y\n" + "1|2\n|\n" * 60, ["--read_csv", "sep=None engine=python"])])
-def test_what_broke_in_real_exports(content, flags, tmp_path):
-    """Blank lines that are holes, blanks around numbers, leading zeros, a separator that pandas guesses."""
+@pytest.mark.parametrize("content,manner,options", [
+    ("x\n" + "1\n\n" * 60, "1", ""), ("x\n" + "".join(f" {i}.25 \n\n" for i in range(60)), r"\d+\.\d\d", ""),
+    ("code,x\n" + "".join(f"{i % 9:04d},{i}\n,\n" for i in range(60)), r"\d{4},\d+", ""),
+    ("x|y\n" + "1|2\n|\n" * 60, "1,2", "sep=None engine=python"),
+    ("x,y\n" + "1,02\n,\n" * 60, "1,02", "engine=pyarrow")])
+def test_what_broke_in_real_exports(content, manner, options, tmp_path):
+    """Blank lines that are holes, blanks around numbers, leading zeros, a separator that pandas guesses, and
+    another engine."""
+    if "pyarrow" in options:
+        pytest.importorskip("pyarrow")
     (tmp_path / "in.csv").write_text(content)
-    train(tmp_path / "in.csv", tmp_path / "out", "--fill", str(tmp_path / "out.csv"), *flags)
-    before, after = (Path(tmp_path / name).read_text().splitlines() for name in ("in.csv", "out.csv"))
-    assert len(before) == len(after)
-    for old, new in zip(before, after):
-        if re.search(r"\w", old):
-            assert old.replace("|", ",") == new.replace("|", ",")
-        else:
-            manner = {"code": r"\d{4},\d+", "x|y": "1,2"}.get(before[0][:4], r"1|\d+\.\d\d")
-            assert re.fullmatch(manner, new), new
+    train(tmp_path / "in.csv", tmp_path, "--read_csv", shlex.quote(options), "--fill", tmp_path / "out.csv")
+    before, after = ((tmp_path / name).read_text().replace("|", ",").splitlines()
+                     for name in ("in.csv", "out.csv"))
+    for old, new in zip(before, after, strict=True):
+        assert new == old if re.search(r"\w", old) else re.fullmatch(manner, new), (old, new)
 
 
 def test_a_simulation_is_filled_beside_a_folder_of_its_name(tmp_path, monkeypatch):
     monkeypatch.setitem(data.SIMULATIONS, "sensors", lambda: data.simulate_sensors(400))
     monkeypatch.chdir(tmp_path)
     Path("sensors").mkdir()
-    train("sensors", tmp_path, "--fill", "filled.csv")
+    train("sensors", tmp_path, "--fill filled.csv")
     assert len(pd.read_csv("filled.csv")) == 400
 
 
-def test_parquet_is_filled_into_a_csv(toy_csv, tmp_path):
+def test_parquet_is_filled_into_a_csv(tmp_path):
     pytest.importorskip("pyarrow")
     seconds = pd.Series(np.arange(400) % 7 + 0.5).mask(np.arange(400) % 5 == 2).to_numpy()
     frame = toy().set_index("date").assign(whole=pd.array([3, None] * 200, dtype="Int64"),
                                            spent=pd.to_timedelta(seconds, unit="s"))
     frame.to_parquet(tmp_path / "toy.parquet")
-    train(tmp_path / "toy.parquet", tmp_path / "out", "--fill", str(tmp_path / "filled.csv"))
+    train(tmp_path / "toy.parquet", tmp_path, "--fill", tmp_path / "filled.csv")
     filled = pd.read_csv(tmp_path / "filled.csv", parse_dates=["date"], dtype={"wave": str})
     assert filled.notna().all(axis=None) and (filled["whole"] == 3).all()
     assert (filled["date"].to_numpy() == frame.index.to_numpy()).all()
@@ -1238,16 +1170,9 @@ def test_parquet_is_filled_into_a_csv(toy_csv, tmp_path):
     assert (filled["spent"] == seconds)[~np.isnan(seconds)].all()               # durations, in seconds
 
 
-def test_a_file_read_by_the_engine_of_pyarrow_is_filled_as_well(tmp_path):
-    pytest.importorskip("pyarrow")
-    (tmp_path / "in.csv").write_text("x,y\n" + "1,02\n,\n" * 60)
-    train(tmp_path / "in.csv", tmp_path, "--read_csv", "engine=pyarrow", "--fill", str(tmp_path / "out.csv"))
-    assert (tmp_path / "out.csv").read_text() == "x,y\n" + "1,02\n" * 120
-
-
 def test_each_hole_is_filled_from_the_window_in_which_it_is_most_central():
-    frame = pd.DataFrame({"g": np.repeat(list("abcdef"), [3, 40, 16, 77, 17, 1]), "x": np.arange(154.0)})
-    table = load_table(data_args("--group_col", "g", "--seq_len", 16), frame)
+    groups = np.repeat(list("abcdef"), [3, 40, 16, 77, 17, 1])
+    table = table_of({"g": groups, "x": np.arange(154.0)}, "--group_col g --seq_len 16")
     windows, owned = table.owners()                         # each row is owned once
     assert torch.equal(owned.flatten()[1:-1:2], owned.flatten()[2::2]) and owned[-1, 1] == 154
     middle = windows[:, 0] + 15 / 2
@@ -1259,19 +1184,19 @@ def test_each_hole_is_filled_from_the_window_in_which_it_is_most_central():
     assert inner.min() >= 4 and inner.max() <= 12
 
 
-def test_filling_is_what_the_model_says_and_resuming_only_fills(toy_csv, tmp_path, capsys):
-    train(toy_csv, tmp_path, *EIGHT)
-    trained, history = weights(tmp_path), (tmp_path / "log.csv").read_bytes()
-    train_mlm.main(["--resume", "--out_dir", str(tmp_path), "--fill", str(tmp_path / "filled.csv")])
-    assert same_bits(trained, weights(tmp_path)) and history == (tmp_path / "log.csv").read_bytes()
-    table = load_table(mlm_args("--data", toy_csv, "--seq_len", 16))
-    net = model.TableTransformer(model.Config(2, [4], 2 * len(table.schema.cycles), 16, 1, 2, 16, 0.1)).eval()
-    net.load_state_dict(torch.load(tmp_path / "best.pt", weights_only=True)["model"])
+def test_filling_is_what_the_model_says_and_resuming_only_fills(finished, toy_csv, tmp_path):
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    resume(tmp_path, "--fill", tmp_path / "filled.csv")
+    assert same_bits(finished, tmp_path)
+    assert (finished / "log.csv").read_bytes() == (tmp_path / "log.csv").read_bytes()
+    table = load_table(mlm_args("--seq_len 16 --data", toy_csv))
+    net = model.TableTransformer(model.Config(2, [4], table.clock.shape[1], 16, 1, 2, 16)).eval()
+    net.load_state_dict(saved(tmp_path, "best.pt")["model"])
     frame, filled = toy(), pd.read_csv(tmp_path / "filled.csv")
     row = next(i for i in range(100, 300) if np.isnan(frame["wave"][i]) and i % 8 == 0)
     batch = table.batch(torch.tensor([[row - 8, 400]]))     # the window in whose middle it stands
-    numeric, _ = net.predict(create_inputs(batch, batch.observed, causal=False))
-    said = table.schema.decode(numeric[0, 8:9], torch.zeros(1, 1, dtype=torch.long))["wave"][0]
+    numeric, ids = net.predict(create_inputs(batch, batch.observed, causal=False))
+    said = table.schema.decode(numeric[0], ids[0])["wave"][8]
     assert filled["wave"][row] == pytest.approx(said, abs=1e-5)
 
 
@@ -1279,23 +1204,22 @@ def test_the_future_is_written_in_the_manner_of_the_file(tmp_path, capsys):
     rows = [f"{well:03d},{stamp(i)},{i % 7}.{i % 10}0,{'wet' if i % 3 else 'dry'}\n"
             for i in range(60) for well in range(6) if i < 30 + 5 * well]
     (tmp_path / "wells.csv").write_text("well,Zeit,level,weather\n" + "".join(rows))
-    train(tmp_path / "wells.csv", tmp_path / "out", "--group_col", "well", "--forecast", "5",
-          "--to", str(tmp_path / "next.csv"), script=train_ar)
+    train(tmp_path / "wells.csv", tmp_path, "--group_col well --forecast 5 --to", tmp_path / "next.csv",
+          script=train_ar)
     assert "median step, 0 days 00:15:00" in capsys.readouterr().out
-    header, *rows = csv_rows(tmp_path / "next.csv", ",")
-    assert header == ["well", "Zeit", "level", "weather"] and len(rows) == 30
+    rows = pd.read_csv(tmp_path / "next.csv", dtype=str)
+    assert list(rows) == ["well", "Zeit", "level", "weather"] and len(rows) == 30
     for well in range(6):
-        mine = [row for row in rows if row[0] == f"{well:03d}"]
-        assert [row[1] for row in mine] == [stamp(i) for i in range(30 + 5 * well, 35 + 5 * well)]
-        assert all(re.fullmatch(r"-?\d+\.\d\d", row[2]) and row[3] in ("dry", "wet") for row in mine)
+        expected = [stamp(i) for i in range(30 + 5 * well, 35 + 5 * well)]
+        assert rows["Zeit"][rows["well"] == f"{well:03d}"].tolist() == expected
+    assert rows["level"].str.fullmatch(r"-?\d+\.\d\d").all() and rows["weather"].isin(["dry", "wet"]).all()
 
 
 def test_the_forecast_is_the_roll_out_from_the_last_rows(toy_csv, tmp_path):
-    train(toy_csv, tmp_path, "--drop_cols", "date", "--forecast", "3", "--to", str(tmp_path / "next.csv"),
-          script=train_ar)
-    table = load_table(ar_args("--data", toy_csv, "--seq_len", 16, "--drop_cols", "date"))
+    train(toy_csv, tmp_path, "--drop_cols date --forecast 3 --to", tmp_path / "next.csv", script=train_ar)
+    table = load_table(ar_args("--seq_len 16 --drop_cols date --data", toy_csv))
     net = model.TableTransformer(model.Config(2, [4], 0, 16, 1, 2, 16, causal=True)).eval()
-    net.load_state_dict(torch.load(tmp_path / "best.pt", weights_only=True)["model"])
+    net.load_state_dict(saved(tmp_path, "best.pt")["model"])
     rows = net.rollout(table.batch(torch.tensor([[384, 400]])), torch.zeros(1, 3, 0), 3)
     said = table.schema.decode(rows.numeric[0], rows.categorical[0])
     written = pd.read_csv(tmp_path / "next.csv")
@@ -1304,11 +1228,11 @@ def test_the_forecast_is_the_roll_out_from_the_last_rows(toy_csv, tmp_path):
 
 
 def test_runs_are_evaluated_beside_cells(toy_csv, tmp_path, capsys):
-    train(toy_csv, tmp_path, "--mask_style", "span", "--mask_span", "6")
-    said, results = capsys.readouterr().out, json.loads((tmp_path / "results.json").read_text())
-    assert "mean squared error, scaled, runs" in said and set(results["test"]) == {"cell", "span"}
-    linear = [results["test"][style]["linear"]["mse"][1] for style in ("cell", "span")]
-    assert linear[1] > 1.3 * linear[0]                      # a line over six rows of this wave is worse
+    train(toy_csv, tmp_path, "--mask_style span --mask_span 6")
+    said, test = capsys.readouterr().out, results(tmp_path)["test"]
+    assert "mean squared error, scaled, runs" in said and set(test) == {"cell", "span"}
+    cell, span = (test[style]["linear"]["mse"][1] for style in ("cell", "span"))
+    assert span > 1.3 * cell                                # a line over six rows of this wave is worse
 
 
 # -----------------------------------------------------------------------------
@@ -1318,11 +1242,10 @@ def hostile_column(rng, rows):
     """Values as a file might hold them, no worse than what has been seen in the wild."""
     n = rng.standard_normal(rows)
     columns = {
-        "float": n, "int": (100 * n).round(), "big": [2 ** 60 + i for i in range(rows)],
+        "float": n, "int": (100 * n).round(), "big": [2 ** 60 + i for i in range(rows)], "bool": n > 0,
         "constant": [7] * rows, "empty": [""] * rows, "inf": np.where(n > 1, np.inf, n),
-        "sentinel": np.where(n > 1, -1.18e42, n),
-        "comma": [f"{x:.2f}".replace(".", ",") for x in n], "word": np.where(n > 0, "on", "off"),
-        "bool": n > 0,
+        "sentinel": np.where(n > 1, -1.18e42, n), "word": np.where(n > 0, "on", "off"),
+        "comma": [f"{x:.2f}".replace(".", ",") for x in n],
         "date": pd.date_range("2024-01-01", periods=rows, freq="h").astype(str),
         "odd date": rng.choice(["9999-12-31", "0001-01-01", "2024-02-30", "2024-01-01", ""], rows),
         "mixed": rng.choice(["1", "x", "nan", "2024-01-01", "True", "-", "1e400"], rows),
@@ -1341,13 +1264,11 @@ def hostile_run(seed, folder, checkpoint):
     table = pd.concat([hostile_column(rng, rows) for _ in names], axis=1)
     table.to_csv(folder / "hostile.csv", header=names, index=False)
     name = str(rng.choice(names))
-    extra = [[], ["--seq_len", "7"], ["--lr", "0"], ["--split", "1", "1", "1"], ["--clip", "0.01"],
-             ["--scaler", "robust"],
-             ["--group_col", name], ["--time_col", name], ["--categorical_cols", name],
-             ["--numeric_cols", name], ["--drop_cols", name], ["--read_csv", "sep=; header=None"],
-             ["--dtype", "bfloat16", "--loss", "huber"], ["--split", "0", "0", "1"], ["--batch_size", "64"]]
-    flags = ["--data", str(folder / "hostile.csv"), *extra[rng.integers(len(extra))],
-             *extra[rng.integers(len(extra))], "--out_dir", str(folder)]
+    extra = ["", "--seq_len 7", "--lr 0", "--split 1 1 1", "--split 0 0 1", "--clip 0.01", "--scaler robust",
+             "--dtype bfloat16 --loss huber", "--batch_size 64", "--read_csv 'sep=; header=None'"]
+    extra += [f"{flag} {shlex.quote(name)}" for flag in (
+        "--group_col", "--time_col", "--categorical_cols", "--numeric_cols", "--drop_cols")]
+    flags = ["--data", str(folder / "hostile.csv"), *words(*rng.choice(extra, 2)), "--out_dir", str(folder)]
     if rng.random() < 0.2:                                  # and a checkpoint in which some bytes are others
         broken = bytearray(checkpoint)
         for at in rng.integers(0, len(broken), rng.integers(1, 50)):
@@ -1362,14 +1283,14 @@ def hostile_run(seed, folder, checkpoint):
 @pytest.mark.parametrize("seeds", [range(30), pytest.param(range(30, 330), marks=slow)])
 def test_hostile_input_ends_well(seeds, finished, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    checkpoint, ends = (finished[0] / "last.pt").read_bytes(), []
+    checkpoint, ends = (finished / "last.pt").read_bytes(), []
     for seed in seeds:
         script, flags = hostile_run(seed, tmp_path, checkpoint)
         small = [*SMALL, "--max_steps", "2", *AHEAD * (script is train_ar)] if flags[0] != "--resume" else []
         try:
             script.main([*small, *flags])
-            results = (tmp_path / str(seed) / "results.json").read_text()
-            assert "NaN" not in results and "Infinity" not in results, (seed, flags)
+            found = (tmp_path / str(seed) / "results.json").read_text()
+            assert "NaN" not in found and "Infinity" not in found, (seed, flags)
             ends.append(0)
         except SystemExit as stopped:
             said = capsys.readouterr().err
@@ -1409,8 +1330,8 @@ def test_claim_only_missing_targets_make_the_loss_nan(change):
 def test_claim_identity_reconstruction_is_no_cause(tmp_path):
     """Scoring what is shown at a mask rate of 0.00001: useless, but as calm as can be."""
     toy().ffill().bfill().to_csv(tmp_path / "whole.csv", index=False)
-    flags = ["--score", "observed", "--mask_prob", "0.00001", "--mask_spread", "0", "--max_steps", "30"]
-    history = train(tmp_path / "whole.csv", tmp_path, *flags, "--eval_every", "30")
+    history = train(tmp_path / "whole.csv", tmp_path, "--score observed --mask_prob 0.00001 --mask_spread 0 "
+                    "--max_steps 30 --eval_every 30")
     assert max(row["norm"] for row in history) < 1 and history[-1]["train"] < 0.2
     assert history[-1]["val"] > 0.8                         # in units of interpolation: nothing was learnt
 
@@ -1429,13 +1350,10 @@ def test_claim_causal_attention_does_not_protect():
 
 def test_claim_rows_of_masks_belong_into_the_attention():
     """A row that is hidden whole still has a clock, and what is pencilled in."""
-    batch, net = random_batch(missing=0), random_model()
-    known = batch.observed & (torch.arange(12) != 5)[None, :, None]
-    inputs = create_inputs(batch, known, causal=False)
-    clock = batch.clock.clone()
-    clock[:, 5] += 1
-    assert torch.isfinite(net(inputs).numeric).all()
-    assert (net(inputs).numeric != net(inputs._replace(clock=clock)).numeric).any(-1).all()
+    batch, net, hidden = random_batch(missing=0), random_model(), (torch.arange(12) == 5)[None, :, None]
+    inputs = create_inputs(batch, batch.observed & ~hidden, causal=False)
+    said, other = net(inputs).numeric, net(inputs._replace(clock=batch.clock + hidden)).numeric
+    assert torch.isfinite(said).all() and (said != other).any(-1).all()
 
 
 def test_claim_attention_over_heads_does_not_learn(tmp_path, monkeypatch):
@@ -1444,10 +1362,9 @@ def test_claim_attention_over_heads_does_not_learn(tmp_path, monkeypatch):
     errors = []
     for attention in (F.scaled_dot_product_attention, model.over_heads):
         monkeypatch.setattr(F, "scaled_dot_product_attention", attention)
-        train(tmp_path / "toy.csv", tmp_path, "--max_steps", "150", "--eval_every", "150", "--lr", "3e-3",
-              "--seq_len", "32", "--n_embd", "32", "--batch_size", "16", "--log_every", "150")
-        results = json.loads((tmp_path / "results.json").read_text())["test"]["cell"]
-        errors.append(sum(results["model"]["mse"]) / sum(results["linear"]["mse"]))
+        train(tmp_path / "toy.csv", tmp_path, LEARN, "--batch_size 16 --max_steps 150 --eval_every 150")
+        found = results(tmp_path)["test"]["cell"]
+        errors.append(sum(found["model"]["mse"]) / sum(found["linear"]["mse"]))
     assert errors[0] < 0.8 * errors[1]
 
 
@@ -1462,10 +1379,9 @@ def test_claim_any_is_no_test_of_validity():
     rows = torch.tensor([[0.0, 0.0], [NAN, 1.0], [NAN, NAN]])
     assert rows.any(dim=1).tolist() == [False, True, True]  # naive: a row of zeros is padding, NaN is not
     frame = pd.DataFrame({"w": ["a"] * 3 + ["b"] * 2 + ["c"] * 3, "x": [0.0, NAN, NAN] + [1.0] * 5})
-    args = data_args("--group_col", "w", "--split", 1, 1, 1, "--seq_len", 3, "--scaler", "none")
-    table = load_table(args, frame)
-    splits = [table.batch(table.starts(split, 3)) for split in ("train", "val", "test")]
-    assert sorted(batch.valid.sum().item() for batch in splits) == [2, 3, 3]
+    table = table_of(frame, "--group_col w --split 1 1 1 --seq_len 3")
+    real = [table.batch(table.starts(split, 3)).valid.sum() for split in ("train", "val", "test")]
+    assert sorted(real) == [2, 3, 3]
 
 
 # -----------------------------------------------------------------------------
@@ -1481,126 +1397,107 @@ def commands():
 
 def test_every_command_parses():
     assert len(commands()) > 8
-    for command in commands():
-        script, *flags = shlex.split(command)
+    for script, *flags in map(shlex.split, commands()):
         if script in SCRIPTS:
             SCRIPTS[script].get_parser().parse_args(flags)
 
 
-SCRIPTS = {"train_mlm.py": train_mlm, "train_ar.py": train_ar}
-TRAINING = [c for c in commands() if c.startswith("train_") and "--resume" not in c]
-
-
-@pytest.mark.parametrize("command", TRAINING)
+@pytest.mark.parametrize("command", [c for c in commands() if c.startswith("train_") and "--resume" not in c])
 def test_every_training_command_runs(command, toy_csv, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)                             # --fill filled.csv
-    script, *flags = shlex.split(command)
-    if "--split" in flags:                                  # row counts of another file
-        flags[flags.index("--split") + 1:flags.index("--split") + 4] = ["0.6", "0.2", "0.2"]
+    script, _, flags = command.partition(" ")
     few = [*SMALL, *AHEAD * (script == "train_ar.py"), "--data", toy_csv]
-    if "--season" in flags:
-        few += ["--season", "4"]
-    train(toy_csv, tmp_path, *flags, *few, script=SCRIPTS[script])  # the last flag wins: few steps, the toy
+    few += ["--split 0.6 0.2 0.2"] * ("--split" in flags)   # not the row counts of another file
+    few += ["--season 4"] * ("--season" in flags)
+    train(toy_csv, tmp_path, flags, *few, script=SCRIPTS[script])   # the last flag wins: few steps, the toy
 
 
 @pytest.mark.parametrize("command", ["data.py", "masking.py", "model.py", "model.py --leaks"])
 def test_each_file_runs_by_itself(command):
-    run = subprocess.run([sys.executable, "-W", "error::DeprecationWarning", *shlex.split(command)], cwd=ROOT,
-                         capture_output=True, text=True)
+    run = python("-W", "error::DeprecationWarning", *command.split())
     assert run.returncode == 0 and len(run.stdout.splitlines()) > 10, run.stderr
 
 
 def test_masking_and_model_import_nothing_above_them():
     code = "import sys, masking, model; assert not {'data', 'pandas', 'train_mlm'} & set(sys.modules)"
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+    assert python("-c", code).returncode == 0
 
 
 @etth1
 def test_linear_interpolation_on_etth1_gives_the_published_numbers(tmp_path):
-    train_mlm.main(["--data", os.environ["ETTH1"], "--split", "8640", "2880", "2880", "--eval_stride", "8",
-                    "--max_steps", "0", "--out_dir", str(tmp_path)])
-    results = json.loads((tmp_path / "results.json").read_text())
-    assert results["eval_mask_probs"] == [0.125, 0.25, 0.375, 0.5]
-    linear = results["test"]["cell"]["linear"]["mse"]
+    train_mlm.main(words("--split 8640 2880 2880 --eval_stride 8 --max_steps 0 --data", os.environ["ETTH1"],
+                         "--out_dir", tmp_path))
+    found = results(tmp_path)
+    assert found["eval_mask_probs"] == [0.125, 0.25, 0.375, 0.5]
+    linear = found["test"]["cell"]["linear"]["mse"]
     assert linear == pytest.approx([0.0845, 0.0996, 0.1231, 0.1644], rel=0.05)
 
 
-def torchrun(script, *flags, world=2):
-    return subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
-                           f"--nproc_per_node={world}", script, *SMALL, *map(str, flags)],
-                          cwd=ROOT, capture_output=True, text=True, timeout=100)
+def torchrun(*argv, world=2):
+    """Python as torchrun starts it, in two processes that train together, or in one."""
+    return python("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}", "--no-python",
+                  sys.executable, *argv, timeout=100)
 
 
 @slow
-@pytest.mark.parametrize("flags", [["train_mlm.py"], ["train_mlm.py", "--drop_cols", "sign"],
-                                   ["train_mlm.py", "--drop_cols", "wave", "mirror"],
-                                   ["train_ar.py", *AHEAD]])
-def test_two_processes_train_one_model(flags, toy_csv, tmp_path):
-    run = torchrun(*flags, "--data", toy_csv, "--out_dir", tmp_path)
+@pytest.mark.parametrize("command", ["train_mlm.py", "train_mlm.py --drop_cols sign",
+                                     "train_mlm.py --drop_cols wave mirror", "train_ar.py"])
+def test_two_processes_train_one_model(command, toy_csv, tmp_path):
+    few = [*SMALL, *AHEAD * (command == "train_ar.py"), "--data", toy_csv, "--out_dir", tmp_path]
+    run = torchrun(*command.split(), *few)
     assert run.returncode == 0, run.stderr
     assert len(pd.read_csv(tmp_path / "log.csv")) == 4 and (tmp_path / "results.json").exists()
 
 
-POISON_RANK_1 = """
-import math, os, sys, torch, train_mlm
-real, calls = train_mlm.sum_losses, []
-def poison(*a):
-    calls.append(torch.is_grad_enabled())
-    return real(*a) * (math.nan if os.environ["RANK"] == "1" and sum(calls) == 3 else 1)
-train_mlm.sum_losses = poison
-train_mlm.main(sys.argv[1:])
-"""
-
-# one step; with a single process the two ranks' batches and masks, joined
-SAVE_GRADIENT = """
-import os, sys, torch, data, train_mlm
-real_sample, real_objective, generators = data.Table.sample, train_mlm.objective, []
-def sample(self, split, size, generator):
-    if size != 4:
-        return real_sample(self, split, size, generator)
-    generators[:] = [train_mlm.step_generator(0, 0, rank) for rank in (0, 1)]
-    return torch.cat([real_sample(self, split, size, g) for g in generators])
-def objective(batch, args, generator, step=None, case=None):
-    if case is not None:
-        return real_objective(batch, args, generator, step, case)
-    halves = [real_objective(data.Batch(*(x[4 * r:4 * r + 4] for x in batch)), args, g, step)
-              for r, g in enumerate(generators)]
-    join = lambda a, b: type(a)(*(x if x is None else torch.cat((x, y)) for x, y in zip(a, b)))
-    return tuple(join(a, b) for a, b in zip(*halves))
-if os.environ["WORLD_SIZE"] == "1":
-    data.Table.sample, train_mlm.objective = sample, objective
-def clip(parameters, limit):
-    torch.save([p.grad for p in parameters], sys.argv[-1] + "/gradient" + os.environ["WORLD_SIZE"])
-    return torch.tensor(1.0)
-torch.nn.utils.clip_grad_norm_ = clip
-train_mlm.main(sys.argv[1:])
-"""
+def nan_loss(number, rank="0"):
+    """model.sum_losses, but in the training step of that number, counted from 1, NaN on that rank."""
+    steps, mine = [], os.environ.get("RANK", "0") == rank
+    def poison(*a):
+        steps.append(torch.is_grad_enabled())
+        return model.sum_losses(*a) * (NAN if mine and sum(steps) == number else 1)
+    return poison
 
 
-def script_at(path, code):
-    path.write_text(f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{code}")
-    return path
+def save_gradient(argv):
+    """A step that saves its gradient; a process alone takes the batches and masks of two ranks, joined."""
+    real_sample, world, generators = data.Table.sample, os.environ["WORLD_SIZE"], []
+    def sample(self, split, size, generator):
+        if size != 4:
+            return real_sample(self, split, size, generator)
+        generators[:] = [step_generator(0, 0, rank) for rank in (0, 1)]
+        return torch.cat([real_sample(self, split, size, g) for g in generators])
+    def objective(batch, args, generator, step=None, case=None):
+        return in_parts(batch, args, [generator] if case else generators, step, case)
+    def clip(parameters, limit):
+        torch.save([p.grad for p in parameters], f"{argv[-1]}/gradient{world}")
+        return torch.tensor(1.0)
+    if world == "1":
+        data.Table.sample, train_mlm.objective = sample, objective
+    torch.nn.utils.clip_grad_norm_ = clip
+    train_mlm.main(argv)
 
 
 @slow
 def test_a_nan_on_one_rank_stops_both(toy_csv, tmp_path):
+    code = ("import sys, test_all, train_mlm; train_mlm.sum_losses = test_all.nan_loss(3, rank='1'); "
+            "train_mlm.main(sys.argv[1:])")
     start = time.time()
-    run = torchrun(script_at(tmp_path / "poison.py", POISON_RANK_1), "--data", toy_csv, "--out_dir", tmp_path)
+    run = torchrun("-c", code, *SMALL, "--data", toy_csv, "--out_dir", tmp_path)
     assert run.returncode != 0 and "rank 1: the gradient norm is nan" in run.stderr
     assert "rank 0: the gradient norm is nan" in run.stderr and time.time() - start < 60
-    assert torch.load(tmp_path / "last.pt", weights_only=True)["step"] == 2
+    assert saved(tmp_path)["step"] == 2
 
 
 @slow
 def test_two_processes_have_the_gradient_of_one_with_both_batches(toy_csv, tmp_path):
-    script = script_at(tmp_path / "gradient.py", SAVE_GRADIENT)
+    code = "import sys, test_all; test_all.save_gradient(sys.argv[1:])"
+    flags = [*SMALL, "--max_steps", 1, "--data", toy_csv, "--out_dir", tmp_path]
     for world in (1, 2):
-        run = torchrun(script, "--max_steps", 1, "--data", toy_csv, "--out_dir", tmp_path, world=world)
+        run = torchrun("-c", code, *flags, world=world)
         assert run.returncode == 0, run.stderr
     one, two = (torch.load(tmp_path / f"gradient{world}") for world in (1, 2))
     assert max(g.abs().max() for g in one) > 1e-3
-    for a, b in zip(one, two):
-        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(one, two, atol=1e-5, rtol=1e-5)
 
 
 @slow
@@ -1611,8 +1508,7 @@ def test_two_million_rows_fit(tmp_path):
     code = ("import resource, sys, train_mlm; train_mlm.main(sys.argv[1:]); "
             "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)")
     flags = "--seq_len 1024 --batch_size 14 --max_steps 2 --split 1990000 5000 5000".split()
-    run = subprocess.run([sys.executable, "-c", code, "--data", str(tmp_path / "big.csv"), *flags,
-                          "--out_dir", str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
+    run = python("-c", code, "--data", tmp_path / "big.csv", *flags, "--out_dir", tmp_path)
     assert run.returncode == 0, run.stderr
     assert int(run.stdout.split()[-1]) < 3 * 2_000_000 * 30 * 4 + 2 ** 30
 
@@ -1630,12 +1526,9 @@ def way(number, what, thread, naive, ours="finite"):
 
 def honest(column, rate=0.5):
     """A column of a file, through all of the shipped path: its masked loss, and its largest gradient."""
-    table = load_table(data_args("--seq_len", 8), pd.DataFrame({"x": column}))
-    batch = table.batch(table.starts("train", 8))
-    inputs, targets = train_mlm.objective(batch, mlm_args(), step_generator(0), case=("cell", rate))
+    table = table_of({"x": column}, "--seq_len 8")
     net = model.TableTransformer(model.Config(1, [], 0, 8, 1, 2, 16))
-    sums = model.sum_losses(net(inputs), targets, torch.ones(1))
-    loss = (sums / model.count_scored(targets).clamp(min=1)).sum()
+    loss = mean_losses(net, *ask(table.batch(table.starts("train", 8)), case=("cell", rate))).sum()
     loss.backward()
     return loss, max(p.grad.abs().max() for p in net.parameters() if p.grad is not None)
 
@@ -1643,17 +1536,13 @@ def honest(column, rate=0.5):
 @functools.cache
 def poisoned():
     """A run whose fourth training step has a NaN for its loss: the exit code, and the weights it leaves."""
-    real, calls = train_mlm.sum_losses, []
-    def poison(*a):
-        calls.append(torch.is_grad_enabled())
-        return real(*a) * (NAN if sum(calls) == 4 else 1)
     with tempfile.TemporaryDirectory() as out, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_mlm, "sum_losses", poison)
+        patch.setattr(train_mlm, "sum_losses", nan_loss(4))
         toy().to_csv(f"{out}/toy.csv", index=False)
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            with pytest.raises(SystemExit) as stopped:
-                train(f"{out}/toy.csv", out, "--max_steps", "8")
-        return stopped.value.code, weights(out)
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()), \
+                pytest.raises(SystemExit) as stopped:
+            train(f"{out}/toy.csv", out, "--max_steps 8")
+        return stopped.value.code, list(saved(out)["model"].values())
 
 
 HOLES = [1.0, NAN, 3.0, 2.0, NAN, 1.5] * 10
@@ -1684,26 +1573,21 @@ def _():
 
 @way(5, "cross-entropy where every target is ignored", "pytorch/pytorch#116349", NAN, 0.0)
 def _():
-    batch = random_batch()
-    targets = masking.Targets(batch.numeric, batch.categorical, torch.zeros_like(batch.observed))
-    guess = random_model()(create_inputs(batch, batch.observed, False))
-    ours = model.sum_losses(guess, targets, UNIT) / model.count_scored(targets).clamp(min=1)
+    inputs, targets = ask(random_batch())
+    ours = mean_losses(random_model(), inputs, targets._replace(score=torch.zeros_like(inputs.shown)))
     return F.cross_entropy(torch.zeros(3, 5), torch.full((3,), -100)), ours[1]
 
 
 @way(6, "a constant for \"nothing masked\"", "neuro-ml/deep_pipe#75", "error", 0.0)
 def _():
-    try:
-        naive = torch.tensor(0.0).backward()
-    except RuntimeError:
-        naive = "error"
-    return naive, honest(HOLES, rate=1e-9)[1]
+    with pytest.raises(RuntimeError):
+        torch.tensor(0.0).backward()
+    return "error", honest(HOLES, rate=1e-9)[1]
 
 
 @way(7, "NaN cast to an id", "pytorch/pytorch#154724", -2.0 ** 63, 0.0)
 def _():
-    table = load_table(data_args("--seq_len", 8), pd.DataFrame({"c": ["a", "b", None, "a"] * 10}))
-    return torch.tensor([NAN]).long(), table.categorical[2]
+    return torch.tensor([NAN]).long(), table_of({"c": ["a", "b", None, "a"] * 10}).categorical[2]
 
 
 @way(8, "a constant column divided by its spread", "tslearn-team/tslearn#52", NAN, 0.0)
@@ -1721,10 +1605,8 @@ def _():
 
 @way(10, "a sentinel cast to float32", "scverse/anndata#722", -math.inf, 0.0)
 def _():
-    with np.errstate(over="ignore"):
-        naive = np.float64(-1.18e42).astype(np.float32)
-    table = load_table(data_args("--seq_len", 8), pd.DataFrame({"x": [-1.18e42, *range(30)]}))
-    return naive, table.numeric[0]
+    naive = torch.tensor(-1.18e42, dtype=torch.float64).float()
+    return naive, table_of({"x": [-1.18e42, *range(30)]}).numeric[0]
 
 
 @way(11, "min(1.0, NaN) for the best loss", "Lightning-AI/pytorch-lightning#2636", 1.0, "stopped")
@@ -1741,9 +1623,8 @@ def _():
 
 @way(13, "a NaN under a masked key: 0 x NaN", "pytorch/pytorch#101967", NAN)
 def _():
-    table = load_table(data_args("--seq_len", 8), pd.DataFrame({"x": HOLES}))
-    x, attend = torch.tensor(HOLES[:8])[None, None, :, None], table.observed[None, None, :8, 0]
-    ours = table.numeric[None, None, :8]
+    table, x = table_of({"x": HOLES}), torch.tensor(HOLES[:8])[None, None, :, None]
+    attend, ours = table.observed[None, None, :8, 0], table.numeric[None, None, :8]
     return (model.plain_attention(x * 0, x * 0, x, attend).sum(),
             model.plain_attention(ours, ours, ours, attend).sum())
 
@@ -1766,16 +1647,13 @@ def _():
 
 @way(16, "attn_mask together with is_causal", "jingyaogong/minimind#382", "error")
 def _():
-    x, mask = torch.ones(1, 1, 3, 2), torch.ones(3, 3, dtype=torch.bool)
-    try:
-        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-            naive = F.scaled_dot_product_attention(x, x, x, mask, is_causal=True).sum()
-    except RuntimeError:
-        naive = "error"
-    batch = random_batch()
+    x, mask, batch = torch.ones(1, 1, 3, 2), torch.ones(3, 3).bool(), random_batch()
+    math_kernel = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)
+    with math_kernel, pytest.raises(RuntimeError):
+        F.scaled_dot_product_attention(x, x, x, mask, is_causal=True)
     batch.valid[:, 8:] = False
-    inputs = create_inputs(batch, batch.observed & batch.valid[..., None], causal=True)
-    return naive, NAN if inputs.attend is not None else random_model(causal=True)(inputs).numeric.sum()
+    inputs = create_inputs(tidy(batch), tidy(batch).observed, causal=True)
+    return "error", NAN if inputs.attend is not None else random_model(causal=True)(inputs).numeric.sum()
 
 
 @way(17, "heads for rows: does row 5 depend on row 0?", "kyegomez/FlashMHA#1", "no", "yes")
@@ -1796,7 +1674,7 @@ def _():
     x, y = torch.zeros(1, 1, 1, requires_grad=True), torch.zeros(1, 1, 1, requires_grad=True)
     F.mse_loss(x, torch.zeros(1, 1, 1)).sqrt().backward()
     targets = masking.Targets(torch.zeros(1, 1, 1), torch.zeros(1, 1, 0).long(), torch.ones(1, 1, 1).bool())
-    model.sum_losses(model.Guess(y, []), targets, torch.ones(1)).sum().backward()
+    model.sum_losses(model.Guess(y, []), targets, UNIT[:1]).sum().backward()
     return x.grad, y.grad
 
 
@@ -1819,14 +1697,13 @@ def _():
 
 @way(22, "LayerNorm of 1e20", "pytorch/pytorch#178123", NAN)
 def _():
-    table = load_table(data_args("--seq_len", 8), pd.DataFrame({"x": [1e20, -1e20, *range(30)]}))
-    naive, ours = torch.tensor([1e20, -1e20, 3e20, 2e20]), table.numeric[:4, 0]
-    return F.layer_norm(naive, (4,)).sum(), F.layer_norm(ours, (4,)).sum()
+    naive, ours = torch.tensor([1e20, -1e20, 3e20, 2e20]), table_of({"x": [1e20, -1e20, *range(30)]}).numeric
+    return F.layer_norm(naive, (4,)).sum(), F.layer_norm(ours[:4, 0], (4,)).sum()
 
 
 @way(23, "full learning rate from step 0", "y0ast/Glow-PyTorch#1", NAN)
 def _():
-    ends, args = [], mlm_args("--lr", 0.05, "--max_steps", 300, "--warmup_steps", 20)
+    ends, args = [], mlm_args("--lr 0.05 --max_steps 300 --warmup_steps 20")
     for careful in (False, True):
         x = torch.tensor([10.0], requires_grad=True)
         for step in range(300):
@@ -1844,7 +1721,7 @@ def _():
     for x, g in zip(p, (1.0, NAN, 1.0, 1.0)):
         x.grad = torch.full((2,), g)
     torch.nn.utils.clip_grad_norm_(p, 1.0)
-    lost = [x.isnan().any() for x in poisoned()[1].values()]
+    lost = [x.isnan().any() for x in poisoned()[1]]
     return sum(x.grad.isnan().any() for x in p) / len(p), sum(lost) / len(lost)
 
 
@@ -1855,7 +1732,7 @@ def _():
     for gradient in (1.0, NAN, 1.0, 1.0, 1.0):
         x.grad = torch.tensor([gradient])
         adam.step()
-    return x.detach(), sum(w.sum() for w in poisoned()[1].values())
+    return x.detach(), sum(w.sum() for w in poisoned()[1])
 
 
 @way(26, "nan_to_num on activations: the weights after a step", "pytorch/pytorch#94700", NAN)
