@@ -1,32 +1,28 @@
 """
-The transformer, its loss and its errors. One token is one row of the table.
+The transformer and its loss. One token is one row of the table.
 
-    python model.py             # parameters by part, and one forward pass shape by shape
+    python model.py             # parameters by part, one forward pass shape by shape, one cell to its loss
     python model.py --leaks     # which output rows depend on which input rows, found with autograd
     python model.py --bench     # milliseconds of a training step on this machine
-
-The words, used everywhere:
 
     B    windows in a batch                     N    numeric columns
     T    time steps, rows of a window           K    categorical columns
     D    width of the residual stream           F    columns, N + K
-    nh   heads                                  C    clock features, see data.make_clock
+    nh   heads                                  C    clock features, see data.time_features
     hs   head size, D / nh
     V_k  ids of categorical column k: 0 = [MASK], 1 = [UNK], then its V_k - 2 own values, commonest first
 
     valid     (B, T)        True = a real row, False = padding
     observed  (B, T, F)     True = the table has a value here
     hidden    (B, T, F)     True = we took this value away, the model must guess it
-    shown     (B, T, F)     True = the embedding gets a value here and not [MASK]
-    known     (B, T, F)     True = observed and not hidden: guesses and statistics are made from these alone
-    pencil    (B, T, N)     what a person would write into unknown cells: the guess that the model starts from
+    known     (B, T, F)     True = observed and not hidden: the base and all statistics come from these alone
+    base      (B, T, N)     the guess that the model starts from and corrects
     score     (B, T, F)     True = this cell counts in the loss
     attend    (B, 1, T, T)  True = this query may look at this key
 """
 import argparse
 import math
 import time
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple
 from unittest import mock
@@ -35,56 +31,40 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from masking import Inputs, Targets, create_inputs, create_masks, move, pencil_in
+from data import Batch, step_generator, tiny_batch
+from masking import Targets, create_inputs, create_masks, move
 
-TRUST = 5.0     # lead of the pencilled-in category's logit before anything is learned
+PRIOR_LOGIT = 5.0       # lead of the base's category before anything is learned
 
 
 @dataclass
 class Config:
-    """The shape of a model."""
     n_numeric: int              # N
-    vocab_sizes: list           # V_k of the K categorical columns, 3 at least
+    vocab_sizes: list           # V_k of the K categorical columns
     n_clock: int = 0            # C
     seq_len: int = 96           # the longest T
     n_layer: int = 4
     n_head: int = 4             # nh
     n_embd: int = 128           # D
     dropout: float = 0.0
+    clip: float = 10.0          # numbers enter the network clipped to +- this
     causal: bool = False        # False: a row sees all rows of its window. True: itself and the past
 
 
 # -----------------------------------------------------------------------------
-# attention
+# the transformer
 
-def rotary_table(T, head_size, base=100.0):
-    """cos and sin, each (T, hs/2), of the angle by which each pair of channels turns at each row (Su 2021).
-
-    The base is 100, not the 10,000 of language models: a window is about a hundred rows, not thousands.
-    """
-    frequency = base ** (-torch.arange(0, head_size, 2) / head_size)            # (hs/2,)
-    angle = torch.arange(T)[:, None] * frequency                                # (T, hs/2)
-    return angle.cos(), angle.sin()
-
-
-def rotate(x, cos, sin):
-    """Turn pairs of channels of q and k, x (B, T, 2, nh, hs), by the angle of their row. A pair is a complex
-    number; to turn it by a is to multiply it by e^ia = cos a + i sin a. In the product of a query and a key,
-    Re(q e^ia conj(k e^ib)) = Re(q conj(k) e^i(a-b)): the distance of their rows is all that is left."""
-    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))             # (B, T, 2, nh, hs/2)
-    turn = torch.complex(cos, sin)[:, None, None]                               # (T, 1, 1, hs/2)
-    return torch.view_as_real(pairs * turn).flatten(-2).type_as(x)              # x may be bfloat16
+def apply_rotary(x, rotary):
+    """Turn pairs of channels of q or k (B, nh, T, hs) by an angle that grows with the row (Su 2021): in a product
+    of the two only the difference of their angles is left, the distance of their rows."""
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))             # (B, nh, T, hs/2)
+    turned = torch.view_as_real(pairs * rotary)                                 # (B, nh, T, hs/2, 2)
+    return turned.flatten(-2).type_as(x)                                        # x may be bfloat16
 
 
 def plain_attention(q, k, v, attend=None):
-    """softmax(q k^T / sqrt(hs)) v (Vaswani 2017).
-
-    Each row has a query (what it looks for), a key (what it offers) and a value (what it hands over). It
-    takes the mean of all values, weighted by the softmax of its query's product with every key. A sum of hs
-    products has a spread of sqrt(hs); without the division one row would take all.
-    q, k, v: (B, nh, T, hs); attend: broadcasts to (B, nh, T, T), True = may look. The model calls torch's
-    fused kernel instead, which is tested against this.
-    """
+    """softmax(q k^T / sqrt(hs)) v (Vaswani 2017): each row takes the mean of all values (B, nh, T, hs), weighted
+    by how well its query fits their keys. torch's fused kernel, used below, is tested against this."""
     weight = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])                   # (B, nh, T, T)
     if attend is not None:
         weight = weight.masked_fill(~attend, float("-inf"))
@@ -92,34 +72,37 @@ def plain_attention(q, k, v, attend=None):
 
 
 class SelfAttention(nn.Module):
-    """Multi-head attention over the rows of a window."""
 
     def __init__(self, config):
         super().__init__()
-        self.n_head, self.dropout, self.causal = config.n_head, config.dropout, config.causal
+        self.n_head = config.n_head
+        self.dropout = config.dropout
+        self.causal = config.causal
         # no biases in a block: LayerNorm has its own, and these would cost a CPU 4 % of a step
         self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd, bias=False)
         self.proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
 
-    def forward(self, x, attend, cos, sin):
+    def forward(self, x, attend, rotary):
         B, T, D = x.shape
-        qk, v = self.qkv(x).view(B, T, 3, self.n_head, D // self.n_head).split([2, 1], dim=2)
-        q, k, v = *rotate(qk, cos, sin).unbind(dim=2), v.squeeze(2)             # (B, T, nh, hs) each
+        q, k, v = self.qkv(x).split(D, dim=2)                                   # (B, T, D) each
         # heads before rows: given (B, T, nh, hs) the kernel would attend over the heads, without complaint
-        q, k, v = (z.transpose(1, 2) for z in (q, k, v))                        # (B, nh, T, hs)
-        # fused softmax(q k^T) v that never holds the T x T weights (Dao 2022); dropout only while training;
-        # a mask or is_causal, never both: create_inputs gives a causal model no mask
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=attend, is_causal=self.causal,
-                                           dropout_p=self.dropout if self.training else 0.0)
-        return self.proj(y.transpose(1, 2).reshape(B, T, D))                    # (B, T, D)
+        q = q.view(B, T, self.n_head, -1).transpose(1, 2)                       # (B, nh, T, hs)
+        k = k.view(B, T, self.n_head, -1).transpose(1, 2)
+        v = v.view(B, T, self.n_head, -1).transpose(1, 2)
+        q = apply_rotary(q, rotary)
+        k = apply_rotary(k, rotary)
+        # fused, without the (T, T) weights (Dao 2022); a mask or is_causal, never both
+        dropout = self.dropout if self.training else 0.0
+        y = F.scaled_dot_product_attention(q, k, v, attend, dropout, self.causal)
+        y = y.transpose(1, 2).reshape(B, T, D)
+        return self.proj(y)
 
 
 class MLP(nn.Module):
-    """Attention moves things between rows; this works on each row alone, with most of a block's weights."""
 
     def __init__(self, config):
         super().__init__()
-        self.fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=False)       # 4: since Vaswani 2017
+        self.fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=False)
         self.proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=False)
 
     def forward(self, x):
@@ -127,411 +110,265 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm: the residual stream itself is never normalised, so gradients pass through it untouched."""
 
     def __init__(self, config):
         super().__init__()
-        self.norm1, self.attn = nn.LayerNorm(config.n_embd), SelfAttention(config)
-        self.norm2, self.mlp = nn.LayerNorm(config.n_embd), MLP(config)
-        self.drop = nn.Dropout(config.dropout)          # of what is added to the stream
+        self.norm1 = nn.LayerNorm(config.n_embd)
+        self.attn = SelfAttention(config)               # moves things between rows
+        self.norm2 = nn.LayerNorm(config.n_embd)
+        self.mlp = MLP(config)                          # works on each row alone
+        self.drop = nn.Dropout(config.dropout)
 
-    def forward(self, x, attend, cos, sin):
-        x = x + self.drop(self.attn(self.norm1(x), attend, cos, sin))
-        return x + self.drop(self.mlp(self.norm2(x)))
+    def forward(self, x, attend, rotary):
+        # pre-norm: the stream itself is never normalised, so gradients pass through it untouched
+        x = x + self.drop(self.attn(self.norm1(x), attend, rotary))
+        x = x + self.drop(self.mlp(self.norm2(x)))
+        return x
 
-
-# -----------------------------------------------------------------------------
-# from cells to rows and back
 
 class RowEmbedding(nn.Module):
-    """A row is the sum of its cells and of its clock.
-
-    A number is its value times a vector of its column, plus its step from the row before times another (four
-    times the step, which is small beside the value and must not drown in it). A category is the vector of its
-    id. Where a cell is not shown, what is pencilled in stands in for it, plus a [MASK] vector of the column
-    that says so. Missing in the file and hidden by us look the same here; only the loss knows.
-    """
+    """A row is the sum of its cells and its clock. A number is its value times a vector of its column, plus its
+    step from the row before times another; a category is the vector of its id. Where nothing is known the base
+    stands in, and the [MASK] vector of the column says so."""
 
     def __init__(self, config):
         super().__init__()
-        N, K, C = config.n_numeric, len(config.vocab_sizes), config.n_clock
-        self.weight = nn.Parameter(torch.empty(2 * N + (N + K) + C, config.n_embd))     # see x, below
-        self.bias = nn.Parameter(torch.zeros(config.n_embd))                        # of all columns
-        # One table for all categorical columns, one after the other. Its row 0 is [UNK] of every column, and
-        # padding_idx keeps it zero: a value never seen in training has taught us nothing.
-        offset = torch.tensor([1] + config.vocab_sizes).cumsum(0)[:-1]              # (K,)
-        self.register_buffer("offset", offset, persistent=False)
-        self.categories = nn.Embedding(1 + sum(config.vocab_sizes), config.n_embd, padding_idx=0)
+        n_columns = config.n_numeric + len(config.vocab_sizes)
+        self.numbers = nn.Linear(2 * config.n_numeric + n_columns + config.n_clock, config.n_embd)
+        # padding_idx keeps [UNK] at zero: a value never seen in training has taught us nothing
+        self.categories = nn.ModuleList(
+            nn.Embedding(size, config.n_embd, padding_idx=1) for size in config.vocab_sizes)
 
-    def forward(self, values, ids, shown, clock):
-        # values (B, T, N), ids (B, T, K), shown (B, T, F), clock (B, T, C)
-        steps = 4 * F.pad(values.diff(dim=1), (0, 0, 1, 0))                     # (B, T, N), the first is 0
-        # all that is a number goes through one matrix product, and what is not shown says so with a 1
-        x = torch.cat((values, steps, (~shown).type_as(values), clock), dim=-1)         # (B, T, 2N + F + C)
-        rows = torch.where(ids == 1, 0, ids + self.offset)                      # (B, T, K), of the one table
-        return x @ self.weight + self.bias + self.categories(rows).sum(dim=2)   # (B, T, D)
+    def forward(self, values, ids, known, clock):
+        steps = F.pad(values.diff(dim=1), (0, 0, 1, 0))                         # (B, T, N), the first is 0
+        masked = (~known).type_as(values)                                       # (B, T, F)
+        # 4: a step is small beside its value, and must not drown in it
+        x = torch.cat([values, 4 * steps, masked, clock], dim=-1)               # (B, T, 2N + F + C)
+        x = self.numbers(x)                                                     # (B, T, D)
+        for k, embedding in enumerate(self.categories):
+            x = x + embedding(ids[..., k])
+        return x
 
 
 def window_scale(numeric, known):
-    """Level and spread of each column in each window, from known cells alone (Kim 2022).
-
-    numeric (B, T, N), known (B, T, N) bool, True = known. Returns center and scale, (B, 1, N).
-    The spread counts one cell more than there are, at distance 1, a column's spread over all train rows. So a
-    window without spread is not blown up by dividing through almost nothing, and one without a known cell has
-    center 0 and scale 1.
-    """
-    # sums with a mask, not means of selected cells: windows know different numbers of cells
+    """Level and spread of each column in each window, from known cells alone (Kim 2022), two (B, 1, N). The spread
+    counts one cell more than there are, at distance 1, the spread of the train rows: a constant window is not
+    blown up, and one without known cells gets 0 and 1."""
     count = known.sum(dim=1, keepdim=True)                                      # (B, 1, N)
     center = torch.where(known, numeric, 0.0).sum(dim=1, keepdim=True) / count.clamp(min=1)
-    square = torch.where(known, numeric - center, 0.0).square().sum(dim=1, keepdim=True)
-    return center, ((square + 1) / (count + 1)).sqrt()
+    square = torch.where(known, numeric - center, 0.0).square()                 # (B, T, N)
+    scale = (square.sum(dim=1, keepdim=True) + 1) / (count + 1)
+    return center, scale.sqrt()
 
 
-class Guess(NamedTuple):
+class Prediction(NamedTuple):
     """What the model says of each cell."""
     numeric: torch.Tensor       # (B, T, N) float32
-    logits: list                # K of (B, T, V_k - 2) float32
+    logits: list                # K of (B, T, V_k - 2) float32, of the column's own values
 
     def ids(self):
         """The likeliest id of each categorical cell, (B, T, K) int64."""
-        nothing = torch.zeros_like(self.numeric[..., :0], dtype=torch.long)     # where K is 0
-        return torch.cat([nothing, *(x.argmax(dim=-1, keepdim=True) + 2 for x in self.logits)], dim=-1)
+        ids = [logits.argmax(dim=-1, keepdim=True) + 2 for logits in self.logits]
+        return torch.cat([self.numeric[..., :0].long(), *ids], dim=-1)          # K may be 0
 
 
 class TableTransformer(nn.Module):
-    """masking.Inputs -> Guess.
-
-    The heads predict the correction to what is pencilled in and start at zero: before its first step the
-    model IS linear interpolation and the nearest known category (or, causal, repetition of the last row), and
-    training is judged against that.
-    """
+    """masking.Inputs -> Prediction. The heads correct the base and start at zero: before its first step the model
+    IS linear interpolation (or, causal, repetition of the last row), and training is judged against that."""
 
     def __init__(self, config):
         super().__init__()
-        if config.n_embd % config.n_head or config.n_embd // config.n_head % 2:
-            raise ValueError(f"n_embd {config.n_embd} must be n_head {config.n_head} times an even number")
         self.config = config
-        self.classes = [v - 2 for v in config.vocab_sizes]                      # the column's own values
         self.embed = RowEmbedding(config)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.norm = nn.LayerNorm(config.n_embd)
-        self.head = nn.Linear(config.n_embd, config.n_numeric + sum(self.classes))      # all columns' heads
-        cos, sin = rotary_table(config.seq_len, config.n_embd // config.n_head)
-        self.register_buffer("cos", cos, persistent=False)
-        self.register_buffer("sin", sin, persistent=False)
+        self.numeric_head = nn.Linear(config.n_embd, config.n_numeric)
+        self.class_heads = nn.ModuleList(nn.Linear(config.n_embd, size - 2) for size in config.vocab_sizes)
+        hs = config.n_embd // config.n_head
+        # base 100, not the 10,000 of language models: a window is about a hundred rows, not thousands
+        frequency = 100.0 ** (-torch.arange(0, hs, 2) / hs)                     # (hs/2,)
+        angle = torch.arange(config.seq_len)[:, None] * frequency               # (T, hs/2)
+        self.register_buffer("rotary", torch.polar(torch.ones_like(angle), angle), persistent=False)
         for name, p in self.named_parameters():
-            if p.dim() == 2:    # "proj" adds to the stream, 2 n_layer times: smaller, to keep its size
-                nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer) if "proj" in name else 0.02)
-        for zero in (self.head.weight, self.head.bias, self.embed.categories.weight[0]):        # last: [UNK]
-            nn.init.zeros_(zero)
-
-    def features(self, inputs):
-        """Inputs -> what the model makes of each row, the residual stream after the last norm, (B, T, D); and
-        the spread of each column in the window, (B, 1, N), or 1.0 where the future must not be known."""
-        numeric, ids, shown, known, pencil, pencil_ids, clock, attend = inputs
-        T, N = numeric.shape[1:]
-        # the level and spread of the window would tell a causal model about its future
-        center, scale = (0.0, 1.0) if self.config.causal else window_scale(numeric, known[..., :N])
-        values = (torch.where(shown[..., :N], numeric, pencil) - center) / scale                # (B, T, N)
-        x = self.embed(values, torch.where(shown[..., N:], ids, pencil_ids), shown, clock)      # (B, T, D)
-        for block in self.blocks:
-            x = block(x, attend, self.cos[:T], self.sin[:T])
-        return self.norm(x), scale
+            if "head" in name or name == "embed.numbers.bias":
+                nn.init.zeros_(p)
+            elif "proj" in name:        # adds to the stream, 2 n_layer times: smaller, to keep its size
+                nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer))
+            elif p.dim() == 2:
+                nn.init.normal_(p, std=0.02)
+        for embedding in self.embed.categories:
+            nn.init.zeros_(embedding.weight[1])
 
     def forward(self, inputs):
-        x, scale = self.features(inputs)
-        # one product for the heads of all columns, then a slice for each; from here on in float32
-        out = self.head(x).float()                                              # (B, T, N + all classes)
-        correction, *logits = out.split([self.config.n_numeric] + self.classes, dim=-1)
-        for k, n in enumerate(self.classes):
-            ids = torch.arange(2, 2 + n, device=out.device)                     # (n,), the column's own
-            logits[k] = logits[k] + TRUST * (inputs.pencil_ids[..., k:k + 1] == ids)            # (B, T, n)
-        return Guess(inputs.pencil + scale * correction, logits)
+        T, N = inputs.numeric.shape[1:]
+        center, scale = 0.0, 1.0
+        if not self.config.causal:      # the level of the window would tell a causal model about its future
+            center, scale = window_scale(inputs.numeric, inputs.known[..., :N])
+        values = (inputs.numeric - center) / scale                              # (B, T, N)
+        values = values.clamp(-self.config.clip, self.config.clip)
+        x = self.embed(values, inputs.categorical, inputs.known, inputs.clock)  # (B, T, D)
+        for block in self.blocks:
+            x = block(x, inputs.attend, self.rotary[:T])
+        x = self.norm(x)
+        numeric = inputs.base + scale * self.numeric_head(x).float()            # (B, T, N)
+        logits = []
+        for k, head in enumerate(self.class_heads):
+            own = torch.arange(2, 2 + head.out_features, device=x.device)       # ids, (V_k - 2,)
+            lead = PRIOR_LOGIT * (inputs.base_ids[..., k:k + 1] == own)         # (B, T, V_k - 2)
+            logits.append(head(x).float() + lead)
+        return Prediction(numeric, logits)
 
     @torch.no_grad()
-    def predict(self, inputs):
-        """Inputs -> numbers (B, T, N) and the likeliest ids (B, T, K), on the CPU."""
-        guess = self(move(inputs, self.cos.device))
-        return guess.numeric.cpu(), guess.ids().cpu()
+    def predict(self, batch):
+        """data.Batch, `observed` = what is known -> numbers (B, T, N) and likeliest ids (B, T, K), on the CPU."""
+        inputs = create_inputs(batch, self.config.causal)
+        prediction = self(move(inputs, self.rotary.device))
+        return prediction.numeric.cpu(), prediction.ids().cpu()
 
-    def rollout(self, batch, clock, steps, predict=None):
-        """Say what comes next, write it down, and go on from there, looking at the last T rows at most.
+    def rollout(self, batch, clock, predict=None):
+        """Say what comes next, append it, and go on from there, looking at the last T rows at most.
 
-        batch: data.Batch of histories, as long as `valid` says, a row at least; clock (B, steps, C): that of
-        the rows to come; predict: Inputs -> (numbers, ids), where it is not this model that is asked.
-        Returns the Batch of the rows to come, (B, steps, ...). What has no value in a history gets none.
+        batch: histories of equal length; clock (B, steps, C): of the rows to come; predict: Batch -> (numbers,
+        ids), else the model's. Returns the Batch of the rows to come. A column without any value gets none.
         """
-        B, _, N = batch.numeric.shape
-        each = torch.arange(B)[:, None]                                         # (B, 1)
-        length = batch.valid.sum(dim=1, keepdim=True)                           # (B, 1)
+        predict = predict or self.predict
+        N = batch.numeric.shape[-1]
         ever = batch.observed.any(dim=1, keepdim=True)                          # (B, 1, F)
-        # room for what is to come, at the right end of each
-        whole = type(batch)(*(torch.cat([x, x.new_zeros(B, steps, *x.shape[2:])], dim=1) for x in batch))
-        future = length + torch.arange(steps)                                   # (B, steps)
-        whole.clock[each, future] = clock
-        for end in future.split(1, dim=1):                                  # (B, 1), where a row is due
-            # the T rows before it, or fewer where the longest history has fewer
-            size = min(int(end.max()), self.config.seq_len)
-            start = (end - size).clamp(min=0)
-            window = type(batch)(*(x[each, start + torch.arange(size)] for x in whole))
+        for now in clock.split(1, dim=1):                                       # (B, 1, C)
             # the whole window is run again for each row: no cache of keys and values, to stay readable
-            numeric, ids = (predict or self.predict)(create_inputs(window, window.observed, causal=True))
-            whole.numeric[each, end] = numeric[each, end - start - 1] * ever[..., :N]
-            whole.categorical[each, end] = ids[each, end - start - 1] * ever[..., N:]
-            whole.observed[each, end], whole.valid[each, end] = ever, True      # counts as seen now
-        return type(batch)(*(x[each, future] for x in whole))
+            numeric, ids = predict(batch.rows(-self.config.seq_len, None))
+            row = Batch(numeric=numeric[:, -1:] * ever[..., :N], categorical=ids[:, -1:] * ever[..., N:],
+                        observed=ever, valid=batch.valid[:, -1:], clock=now, time=batch.time[:, -1:] + 1)
+            batch = Batch._make(torch.cat(pair, dim=1) for pair in zip(batch, row))
+        return batch.rows(-clock.shape[1], None)
 
 
 # -----------------------------------------------------------------------------
-# loss
+# the loss
 
 def count_scored(targets):
     """masking.Targets -> (2,) float32: how many numeric and how many categorical cells are scored."""
     N = targets.numeric.shape[-1]
-    return torch.stack([targets.score[..., :N].sum(), targets.score[..., N:].sum()]).float()
+    count = targets.score.sum(dim=(0, 1))                                       # (F,)
+    return torch.stack([count[:N].sum(), count[N:].sum()]).float()
 
 
-def sum_losses(guess, targets, unit, loss="mse"):
+def sum_losses(prediction, targets, base_rmse, loss="mse"):
     """Sums over scored cells, (2,) float32: squared or Huber errors of numbers, cross-entropy of categories.
 
-    guess: Guess; targets: masking.Targets; loss: "mse" or "huber". unit (N,): what an error of 1 is in each
-    column. In units of the pencil's own error a calm column weighs as much as a wild one.
-    Sums, so that the caller divides once, by the count of a whole step clamped to 1: the mean of no cells is
-    0/0. Targets hold no NaN, so torch.where is safe: what it drops has gradient 0; a dropped NaN has NaN.
+    base_rmse (N,): the base's own error in each column; in these units a calm column weighs as much as a wild one.
+    Sums, so that the caller divides once, by the count of a whole step clamped to 1: the mean of no cells is 0/0.
     """
-    N = targets.numeric.shape[-1]                                               # numeric columns come first
-    measure = F.mse_loss if loss == "mse" else F.huber_loss
-    error = measure(guess.numeric / unit, targets.numeric / unit, reduction="none")       # (B, T, N)
-    total = torch.where(targets.score[..., :N], error, 0.0).sum()
-    entropy = total.new_zeros(())
-    for k, logits in enumerate(guess.logits):
+    N = targets.numeric.shape[-1]
+    measure = {"mse": F.mse_loss, "huber": F.huber_loss}[loss]
+    error = measure(prediction.numeric / base_rmse, targets.numeric / base_rmse, reduction="none")
+    # Targets hold no NaN, so torch.where is safe: what it drops has gradient 0; a dropped NaN has NaN
+    numeric = torch.where(targets.score[..., :N], error, 0.0).sum()
+    categorical = numeric.new_zeros(())
+    for k, logits in enumerate(prediction.logits):
         target = (targets.categorical[..., k] - 2).clamp(min=0)                 # unscored: any class will do
-        nll = F.cross_entropy(logits.transpose(1, 2), target, reduction="none")                     # (B, T)
-        entropy = entropy + torch.where(targets.score[..., N + k], nll, 0.0).sum()
-    return torch.stack([total, entropy])
+        error = F.cross_entropy(logits.transpose(1, 2), target, reduction="none")       # (B, T)
+        categorical = categorical + torch.where(targets.score[..., N + k], error, 0.0).sum()
+    return torch.stack([numeric, categorical])
 
 
-# -----------------------------------------------------------------------------
-# errors, scaled, and a line a column in units of the table: sums first, means at the end
+# ---- the rest can be skipped at first reading
 
-def tally(errors, name, numeric, ids, targets, dim):
-    """Add what a method got wrong to errors[name], (2, ..., F), summed over `dim` of (B, T, F): absolute and
-    squared errors, a wrong category counting 1."""
-    error = torch.cat([numeric - targets.numeric, ids != targets.categorical], dim=-1)  # a category: 0 or 1
-    error = torch.where(targets.score, error, 0.0).cpu().double()               # (B, T, F)
-    # sums, not means of batches: the last batch is smaller, and columns differ in holes
-    errors[name] = errors.get(name, 0.0) + torch.stack([error.abs().sum(dim), error.square().sum(dim)])
-
-
-def within_clip(targets, clip):
-    """Targets without the cells beyond the clip, which are no longer the truth; and how many there were."""
-    # padded with False: categories are never beyond it
-    outside = targets.score & F.pad(targets.numeric.abs() >= clip, (0, targets.categorical.shape[-1]))
-    return targets._replace(score=targets.score & ~outside), int(outside.sum())
-
-
-def judge(errors, cells, schema, numeric=None):
-    """What `tally` summed, errors {method: (2, cases, F)}, and cells (cases, F), how many were scored ->
-    {method: {"mse", "mae", "accuracy": the mean of each case}}, None where nothing was scored; of the
-    numeric columns only those listed in `numeric`, if any."""
-    N = len(schema.numeric)                     # before it columns are numbers, from it on categories
-    def mean(sums, columns):                    # over cells: a column full of holes counts for less
-        sums, counts = sums[:, columns].sum(1).tolist(), cells[:, columns].sum(1).tolist()
-        return [s / c if c else None for s, c in zip(sums, counts)]
-    numeric = numeric or slice(N)
-    return {name: {"mse": mean(square, numeric), "mae": mean(absolute, numeric),
-                   "accuracy": mean(cells - square, slice(N, None))}
-            for name, (absolute, square) in errors.items()}
-
-
-def print_table(title, cases, results, measure):
-    """A line a method: its means in `cases`, {heading: index}, and, where there are several, over all."""
-    several = len(results["model"][measure]) > 1                # the mean of one case says nothing new
-    if any(value is not None for value in results["model"][measure]):           # no categories, no table
-        print(f"\n{title:<32}" + "".join(f"{case:>11}" for case in [*cases] + ["mean"] * several))
-        for name, means in results.items():
-            there = [value for value in means[measure] if value is not None]
-            values = [means[measure][i] for i in cases.values()] + [sum(there) / len(there)] * several
-            print(f"{name:<32}" + "".join(f"{'-' if v is None else format(v, '.4g'):>11}" for v in values))
-
-
-def print_columns(errors, cells, schema):
-    """A line a column: its mean absolute error in its own units, over all cases; of a category, which has no
-    distance to the truth, the share that is wrong. Returns {column: {method: that error}}."""
-    print(f"\n{'mean absolute error, own units':<32}" + "".join(f"{name:>11}" for name in errors))
-    means, scales = {}, schema.scale + [1.0] * len(schema.categorical)
-    for j, (name, scale) in enumerate(zip(schema.numeric + schema.categorical, scales)):
-        count = cells[:, j].sum() or math.nan                                   # nan: nothing was scored
-        means[name] = {method: float(e[0, :, j].sum() / count) * scale for method, e in errors.items()}
-        if count > 0:
-            name, values = name + " (share wrong)" * (j >= len(schema.numeric)), means[name].values()
-            print(f"{name:<32}" + "".join(f"{value:>11.4g}" for value in values))
-    return means
-
-
-# -----------------------------------------------------------------------------
-# where a NaN came from
-
-def first_non_finite(model, inputs):
-    """The name of the first module whose output for these Inputs is not all finite, or None."""
-    names, found = {module: name for name, module in model.named_modules()}, []
-
-    def look(module, given, output):
-        parts = [output] if isinstance(output, torch.Tensor) else [output.numeric, *output.logits]
-        if not all(x.isfinite().all() for x in parts):
-            found.append(names[module] or "the heads' sum with the pencil")
-    # a hook on all modules, for this one call; it runs when a module's output is there, so those inside it
-    # report before it does
-    with torch.no_grad(), nn.modules.module.register_module_forward_hook(look):
-        model(inputs)
-    return found[0] if found else None
-
-
-def explain(model, micro, windows, table, unit, loss, autocast):
-    """Where a non-finite gradient may come from: lines for stderr. micro: (Inputs, Targets) of each forward
-    pass of the step; windows: the (B, 2) rows that each was cut from, as in Table.sample."""
-    # what went in, most often the reason: the three columns with the largest numbers, and the row of each
-    numeric = torch.cat([inputs.numeric for inputs, _ in micro]).flatten(0, 1)              # (B*T, N)
-    size = torch.where(numeric.isfinite(), numeric.abs(), math.inf)
-    for j in size.amax(dim=0).argsort(descending=True)[:3].tolist():
-        window, t = divmod(int(size[:, j].argmax()), table.seq_len)
-        row, name = int(torch.cat(windows)[window, 0]) + t, table.schema.numeric[j]
-        yield f"{name}: up to {size[:, j].max():.3g} scaled, in row {row} of the sorted table"
-    model.zero_grad()                                   # clipping has spread the NaN: the batch once more
-    for inputs, targets in micro:
-        with autocast:
-            guess = model(inputs)
-        sum_losses(guess, targets, unit, loss).sum().backward()
-    lost = [n for n, p in model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
-    yield f"gradients of this batch not finite: {', '.join(lost[:3]) or 'none'} ({len(lost)} parameters)"
-    # what came out of which module: the first in the order of the forward pass
-    with autocast:
-        first = [first_non_finite(model, inputs) for inputs, _ in micro]
-    yield f"first output not finite: {next(filter(None, first), 'none, so it is the loss or the way back')}"
+def explain_non_finite(model, inputs, rows, names):
+    """Where a non-finite gradient may come from, in lines. inputs: of the batch; rows (B,): the first row of each
+    window in the sorted table; names: of the numeric columns."""
+    known = torch.where(inputs.known[..., :len(names)], inputs.numeric, 0.0).cpu()              # (B, T, N)
+    size = torch.where(known.isfinite(), known.abs(), math.inf)
+    for j in size.amax(dim=(0, 1)).argsort(descending=True)[:3].tolist():
+        b, t = divmod(int(size[..., j].argmax()), size.shape[1])
+        yield f"{names[j]}: up to {size[b, t, j]:.3g} scaled, in row {int(rows[b]) + t} of the sorted table"
+    lost = [name for name, p in model.named_parameters() if not p.grad.isfinite().all()]
+    yield f"gradients not finite: {', '.join(lost[:3])} ({len(lost)} parameters)"
     yield "look at these rows; try a lower --lr or --clip, more --warmup_steps, --dtype float32; --resume"
 
 
-# -----------------------------------------------------------------------------
-# what this file prints when run by itself
+def random_batch(B, T, N):
+    """B windows of T rows of N random numbers, three quarters of them known."""
+    known = torch.arange(B * T * N).view(B, T, N) % 4 > 0
+    return Batch(numeric=torch.randn(B, T, N), categorical=torch.zeros(B, T, 0, dtype=torch.long),
+                 observed=known, valid=known.any(dim=-1), clock=torch.zeros(B, T, 0),
+                 time=torch.arange(T).expand(B, T).float())
+
+
+def over_heads(q, k, v, *options, attend=F.scaled_dot_product_attention):
+    """The mistake: SDPA on (B, T, nh, hs). Each row attends over its own heads, and nothing complains."""
+    return attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), *options).transpose(1, 2)
+
+
+def find_leaks(causal, attention=F.scaled_dot_product_attention, T=12, N=3):
+    """(T, T) bool, True = the output row (line) depends on the input row (column), by autograd through base and
+    model, every fourth cell hidden. AssertionError if the truth under a hidden cell reaches an output."""
+    torch.manual_seed(0)
+    model = TableTransformer(Config(N, [], seq_len=T, n_embd=32, causal=causal))
+    nn.init.normal_(model.numeric_head.weight)              # a head of zeros would hide the network
+    batch = random_batch(1, T, N)
+
+    def output(numeric):
+        return model(create_inputs(batch._replace(numeric=numeric), causal)).numeric[0].sum(dim=-1)     # (T,)
+    with mock.patch.object(F, "scaled_dot_product_attention", attention):
+        gradient = torch.autograd.functional.jacobian(output, batch.numeric)[:, 0]                      # (T, T, N)
+    assert (gradient[:, ~batch.observed[0]] == 0).all(), "a hidden value reaches an output"
+    return (gradient != 0).any(dim=-1)
+
 
 def print_shapes():
-    """Parameters by part, and one forward pass over the tiny table, shape by shape."""
-    from data import step_generator, tiny_batch             # for this demonstration only
-
+    """Parameters by part, one forward pass shape by shape, and one hidden number to its loss."""
     table, batch = tiny_batch()
-    schema = table.schema
-    model = TableTransformer(Config(len(schema.numeric), schema.vocab_sizes(), 0, table.seq_len))
-    for name, part in model.named_children():
-        print(f"{name:<8}{sum(p.numel() for p in part.parameters()):>9,} parameters")
-    known = batch.observed & ~create_masks(batch.observed, 0.3, step_generator(2))
-    inputs = create_inputs(batch, known, causal=False)
-    for name, x in inputs._asdict().items():
-        print(f"inputs.{name:<15}{tuple(x.shape)}")
+    N = len(table.schema.numeric)
+    model = TableTransformer(Config(N, table.schema.vocab_sizes(), seq_len=table.seq_len))
     for name, part in model.named_modules():
-        if name.startswith(("embed", "blocks.0", "norm", "head")):              # other blocks look alike
-            part.register_forward_hook(lambda part, x, y, name=name: print(f"{name:<22}{tuple(y.shape)}"))
-    with torch.no_grad():
-        guess = model(inputs)
-    print(f"{'guess.numeric':<22}{tuple(guess.numeric.shape)}")
-    print(f"{'guess.logits':<22}{[tuple(x.shape) for x in guess.logits]}")
-    print(f"untrained, the guess is what is pencilled in: {torch.equal(guess.numeric, inputs.pencil)}")
-    targets, unit = Targets(batch.numeric, batch.categorical, batch.observed & ~known), torch.ones(2)
-    # one hidden number, all the way to the loss
-    b, t, j = targets.score[..., :2].nonzero()[0].tolist()
-    truth, said = float(batch.numeric[b, t, j]), float(guess.numeric[b, t, j])
-    print(f"{schema.numeric[j]} in window {b}, row {t}, is hidden: truth {truth:.2f}, guess {said:.2f}, "
-          f"squared error {(truth - said) ** 2:.3f}")
-    sums, counts = sum_losses(guess, targets, unit), count_scored(targets)
-    print("losses, sums over hidden cells / counts: numeric {:.3f} / {:.0f}, categorical {:.3f} / {:.0f}"
-          .format(sums[0], counts[0], sums[1], counts[1]))
+        if name and name < "blocks.1":                      # other blocks look alike
+            size = sum(p.numel() for p in part.parameters())
+            part.register_forward_hook(lambda _, __, y, name=name, size=size: print(
+                f"{name:<22}{tuple(y.shape)!s:<14}{size:>9,} parameters"))
+    hidden = create_masks(batch.observed, 0.3, step_generator(2))
+    inputs = create_inputs(batch._replace(observed=batch.observed & ~hidden), causal=False)
+    prediction = model(inputs)
+    print("untrained, the prediction is the base:", torch.equal(prediction.numeric, inputs.base))
+    b, t, j = hidden[..., :N].nonzero()[0].tolist()
+    truth, guess = float(batch.numeric[b, t, j]), float(prediction.numeric[b, t, j])
+    print(f"{table.schema.numeric[j]} in window {b}, row {t}, is hidden: truth {truth:.2f}, prediction {guess:.2f}, "
+          f"squared error {(truth - guess) ** 2:.3f}")
+    targets = Targets(batch.numeric, batch.categorical, hidden)
+    print("sums of the numeric and of the categorical loss:", sum_losses(prediction, targets, torch.ones(N)).tolist())
 
 
-def over_heads(q, k, v, attend=F.scaled_dot_product_attention, **options):
-    """The mistake: SDPA on (B, T, nh, hs). Each row attends over its own heads, and nothing complains."""
-    return attend(*(z.transpose(1, 2) for z in (q, k, v)), **options).transpose(1, 2)
-
-
-def find_leaks(causal, wrong_axis=False, T=12, N=3):
-    """(T, T) bool, True = the output row (line) depends on the input row (column), by autograd through pencil
-    and model, every fourth cell hidden. AssertionError if the truth under a hidden cell reaches an output."""
-    torch.manual_seed(0)
-    model = TableTransformer(Config(N, [], 0, T, n_embd=32, causal=causal))
-    nn.init.normal_(model.head.weight)                      # a head of zeros would hide the network
-    numeric, ids = torch.randn(1, T, N, requires_grad=True), torch.zeros(1, T, 0, dtype=torch.long)
-    known = torch.arange(T * N).view(1, T, N) % 4 > 0
-    pencil, clock = pencil_in(numeric, known, causal), torch.zeros(1, T, 0)
-    with mock.patch.object(F, "scaled_dot_product_attention", over_heads) if wrong_axis else nullcontext():
-        guess = model(Inputs(numeric, ids, known, known, pencil, ids, clock, attend=None))
-    lines = []
-    for row in guess.numeric[0]:                            # (N,)
-        gradient, = torch.autograd.grad(row.sum(), numeric, retain_graph=True)
-        assert (gradient[~known] == 0).all(), "a hidden value reaches an output"
-        lines.append((gradient[0] != 0).any(dim=-1))
-    return torch.stack(lines)
-
-
-def bench(compiled, repeats=15):
-    """Time of a training step, and its share of the speed of a plain matrix product in the same dtype."""
-    device, N = "cuda" if torch.cuda.is_available() else "cpu", 7
-
-    def median(work):
-        times = []
-        for _ in range(repeats + 3):                        # the first three warm up
-            start = time.perf_counter()
-            work()
-            if device == "cuda":
-                torch.cuda.synchronize()                    # a GPU is told what to do, and does it later
-            times.append(time.perf_counter() - start)
-        return sorted(times[3:])[repeats // 2]              # a mean would count the neighbours' work as ours
-
-    shapes = [(96, 32, 128, 4, 4), (256, 16, 384, 6, 6), (1024, 14, 128, 4, 4)]
-    shapes += [(1024, 32, 512, 8, 4)] * (device == "cuda")  # the others leave a GPU waiting for Python
-    for dtype in [torch.float32, torch.bfloat16] + [torch.float16] * (device == "cuda"):
-        a = torch.randn(*[8192 if device == "cuda" else 2048] * 2, device=device, dtype=dtype)
-        # what this device does at best, in this process and at this moment
-        peak = 2 * len(a) ** 3 / median(lambda: a @ a)      # FLOP/s
-        for T, B, D, n_layer, n_head in shapes:
-            raw = TableTransformer(Config(N, [], 4, T, n_layer, n_head, D)).to(device)
-            model = torch.compile(raw) if compiled else raw
-            optimizer = torch.optim.AdamW(raw.parameters(), fused=True)
-            x, known = torch.randn(B, T, N, device=device), torch.rand(B, T, N, device=device) > 0.3
-            ids = torch.zeros(B, T, 0, dtype=torch.long, device=device)         # no categories
-            inputs = Inputs(x, ids, known, known, x, ids, torch.zeros(B, T, 4, device=device), None)
-
-            def step():
+def bench(device="cuda" if torch.cuda.is_available() else "cpu"):
+    """The median time of 15 training steps: a mean would count the neighbours' work as ours."""
+    for B, T, D, n_head in ((32, 96, 128, 4), (16, 256, 384, 6), (14, 1024, 128, 4)):
+        model = TableTransformer(Config(7, [], 0, T, 4, n_head, D)).to(device)
+        optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+        inputs = move(create_inputs(random_batch(B, T, 7), causal=False), device)
+        for dtype in (torch.float32, torch.bfloat16):
+            times = []
+            for _ in range(15):
+                start = time.perf_counter()
                 with torch.autocast(device, dtype, enabled=dtype != torch.float32):
-                    guess = model(inputs)
-                F.mse_loss(guess.numeric, x + 1).backward()
-                nn.utils.clip_grad_norm_(raw.parameters(), 1.0)
+                    prediction = model(inputs)
+                prediction.numeric.square().mean().backward()
                 optimizer.step()
                 optimizer.zero_grad()
-
-            if device == "cuda":
-                torch.cuda.reset_peak_memory_stats()
-            took = median(step)
-            # 6 operations a parameter and token, and attention's two T x T products, as nanoGPT counts them
-            flops = B * T * (6 * sum(p.numel() for p in raw.parameters()) + 12 * n_layer * D * T) / took
-            memory = f", {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB" if device == "cuda" else ""
-            print(f"T {T:4d}, B {B:2d}, D {D:3d}, {str(dtype)[6:]:<8} {took * 1e3:7.1f} ms a step, "
-                  f"{B * T * N / took:10,.0f} cells/s, {flops / 1e9:7,.0f} GFLOP/s, {flops / peak:.2f} matmul"
-                  f"{memory}", flush=True)
+                float(prediction.numeric.sum())             # waits for a GPU
+                times.append(1e3 * (time.perf_counter() - start))
+            print(f"T {T}, B {B}, D {D}, {dtype}: {sorted(times)[7]:.1f} ms a step", flush=True)
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--leaks", action="store_true", help="who depends on whom, as a picture in text")
     parser.add_argument("--bench", action="store_true", help="how long a training step takes")
-    parser.add_argument("--compile", action="store_true", help="with torch.compile")
     args = parser.parse_args()
     if args.bench:
-        bench(args.compile)
+        bench()
     elif args.leaks:
-        print("a line an output row, # = it depends on this input row")
-        print("".join(f"{title:<30}" for title in ("both ways", "causal", "causal, over the wrong axis")))
-        pictures = find_leaks(False), find_leaks(True), find_leaks(True, wrong_axis=True)
-        for lines in zip(*(picture.tolist() for picture in pictures)):
-            print("".join(f"{' '.join('.#'[depends] for depends in line):<30}" for line in lines).rstrip())
-        print("what is left of the third comes from the pencil and from the step to the row before")
+        print("a line an output row, 1 = it depends on this input row", find_leaks(False).int(), sep="\n")
+        print("causal", find_leaks(True).int(), sep="\n")
+        print("causal, over the wrong axis: what is left comes from the base and from the step to the row before")
+        print(find_leaks(True, over_heads).int())
     else:
         print_shapes()
