@@ -905,7 +905,7 @@ def print_columns(errors, schema):
 # pictures
 
 COLORS = {"model": "#0072B2", "linear": "#E69F00", "last": "#009E73", "season": "#CC79A7", "mean": "#999999",
-          "gauss": "#D55E00", "val": "#0072B2", "train": "#999999"}         # for the eyes of all (Okabe 2008)
+          "gauss": "#D55E00", "ar": "#D55E00", "val": "#0072B2", "train": "#999999"}         # for the eyes of all (Okabe 2008)
 
 
 LOOKS = {"seen": {"color": "black", "marker": ".", "ms": 4}, "truth": {"color": "black", "marker": "o", "mfc": "none"}}

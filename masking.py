@@ -18,6 +18,9 @@ import torch.nn.functional as F
 
 from data import UNK_ID, show, step_generator, tiny_batch
 
+MOST_CELLS = 1600   # of a window, for the closed forms: their matrix has that many squared
+REACH = 10.0        # standard deviations; what is further out is no matter for a covariance
+
 
 class Inputs(NamedTuple):
     """What the model sees of a batch. Nothing that is hidden is in here: whoever copies it cannot leak."""
@@ -26,6 +29,7 @@ class Inputs(NamedTuple):
     known: torch.Tensor             # (B, T, F) bool, True = a value of the table, False = [MASK]
     base: torch.Tensor              # (B, T, N) float32, the guess that the numeric head corrects
     base_ids: torch.Tensor          # (B, T, K) int64, the same for ids, 0 = nothing to guess from
+    deviation: Optional[torch.Tensor]   # (B, T, N) float32, how far off a closed form takes its base to be
     clock: torch.Tensor             # (B, T, C) float32
     attend: Optional[torch.Tensor]  # (B, 1, T, T) bool, True = may look; None = no mask is needed
 
@@ -194,6 +198,96 @@ def last_known(values, known):
 
 
 # -----------------------------------------------------------------------------
+# the closed forms: what a linear model of the train rows says
+
+def train_sequences(table):
+    """data.Table -> its train rows, a list of (rows, N), holes interpolated, spikes cut."""
+    N = len(table.schema.numeric)
+    sequences = []
+    for start, end in table.segments["train"].tolist():
+        rows = slice(start, end)
+        x = interpolate(table.numeric[None, rows], table.observed[None, rows, :N], table.time[None, rows])
+        sequences.append(x[0].float().clamp(-REACH, REACH))
+    return sequences
+
+
+def lag_covariance(sequences, T, own, level):
+    """How the cells of a window of T rows vary together, (T*N, T*N) float64. sequences: train rows without holes,
+    each (rows, N). Only the distance of two rows counts, so all windows teach the same few numbers.
+
+    own: variance that each cell has to itself; level: that of a column's level in a window, beyond what the train
+    rows show, so that a level never met is believed.
+    """
+    # zeros between the sequences: no row meets one of another sequence
+    z = torch.cat([F.pad(x.double(), (0, 0, 0, T)) for x in sequences])
+    count = sum(len(x) for x in sequences)
+    N = z.shape[1]
+    # over all rows, not over the pairs at this distance: only so no variance can come out negative
+    lags = [z[:len(z) - k].T @ z[k:] / count for k in range(T)]                 # T of (N, N)
+    lines = []
+    for row in range(T):
+        past = [lags[row - other].T for other in range(row)]
+        lines.append(torch.cat(past + lags[:T - row], dim=1))                   # (N, T*N)
+    same_column = torch.eye(N, dtype=z.dtype).repeat(T, T)
+    return torch.cat(lines) + own * torch.eye(T * N) + level * same_column
+
+
+def fit_gaussian(sequences, T):
+    """The precision, the inverse of that covariance, (T*N, T*N) float32; zero for columns that do not move."""
+    precision = lag_covariance(sequences, T, own=1e-3, level=1.0).inverse().float()
+    moves = torch.cat(sequences).var(dim=0) > 1e-6                              # (N,)
+    moves = moves.repeat(T)
+    return precision * moves * moves[:, None]
+
+
+def gaussian_fill(line, known, precision):
+    """The mean of the unknown cells given the known ones, and its standard deviation, two (B, T, N), if the rows
+    are Gaussian. line (B, T, N): the values where known (B, T, N), interpolated elsewhere.
+
+    With precision Q the unknown cells u solve Q_uu x_u = -Q_uk x_k. Out of reach (a spike, a level never met) and
+    in columns that do not move the line stays, with deviation 0, and nothing is concluded from it.
+    """
+    moves = precision.diagonal() > 0                                            # (T*N,)
+    reached = (line.abs() < REACH).flatten(1) & moves                           # (B, T*N)
+    given = known.flatten(1) & reached
+    x = torch.where(given, line.flatten(1), 0.0)
+    deviation = torch.zeros_like(x)
+    # a window at a time: each has unknown cells of its own
+    for cells, spread, unknown in zip(x, deviation, moves & ~given):
+        u = unknown.nonzero()[:, 0]                                             # (U,)
+        Q = precision[u]                                                        # (U, T*N)
+        L = torch.linalg.cholesky(Q[:, u])
+        cells[u] = -torch.cholesky_solve((Q @ cells)[:, None], L)[:, 0]
+        spread[u] = torch.cholesky_inverse(L).diagonal().sqrt()
+    solved = reached & ~given
+    base = torch.where(solved, x, line.flatten(1))
+    return base.view_as(line), (deviation * solved).view_as(line)
+
+
+def fit_autoregression(sequences, T):
+    """(T*N, T*N) float32: each step from a row to the next as the mean given all steps before it in the window.
+    Steps, not values: so it goes on from any level.
+
+    S = L L^T, and L^-1 x is what is new in each step; a step less its own news is its mean.
+    """
+    steps = [x.diff(dim=0) for x in sequences]
+    unit = torch.cat(steps).square().mean(dim=0).sqrt().clamp(min=1e-6)         # (N,)
+    L = torch.linalg.cholesky(lag_covariance([x / unit for x in steps], T, own=0.03, level=0.0))
+    N = len(unit)
+    own = torch.block_diag(*[L[i:i + N, i:i + N] for i in range(0, T * N, N)])
+    regression = torch.eye(T * N) - own @ L.inverse()                           # of steps in that unit
+    unit = unit.repeat(T)
+    return (regression * unit[:, None] / unit).float()
+
+
+def autoregress(last, regression):
+    """For each row the row after it, (B, T, N): last (B, T, N) are the last known values."""
+    steps = F.pad(last.diff(dim=1), (0, 0, 0, 1)).flatten(1)                    # the last is not known, nor used
+    n = steps.shape[1]
+    return last + (steps @ regression[:n, :n].T).view_as(last)
+
+
+# -----------------------------------------------------------------------------
 # who may look
 
 def padding_mask(valid):
@@ -220,25 +314,33 @@ def create_attention_mask(valid, causal):
     return attend | torch.eye(T, dtype=torch.bool)
 
 
-def create_inputs(batch, causal):
-    """data.Batch, whose `observed` (B, T, F) is what is known, -> Inputs."""
+def create_inputs(batch, causal, closed_form=None):
+    """data.Batch, whose `observed` (B, T, F) is what is known, -> Inputs. closed_form: the matrix of fit_gaussian,
+    causal of fit_autoregression, for a better base than the straight line or the last value."""
     N = batch.numeric.shape[-1]
     known_numbers = batch.observed[..., :N]
     known_ids = batch.observed[..., N:]
+    deviation = None
     if causal:
-        base = last_known(batch.numeric, known_numbers)
+        numeric = last_known(batch.numeric, known_numbers)
+        base = numeric
         base_ids = last_known(batch.categorical, known_ids)
+        if closed_form is not None:
+            base = autoregress(numeric, closed_form)
     else:
         base = interpolate(batch.numeric, known_numbers, batch.time)
         base_ids = nearest_category(batch.categorical, known_ids, batch.time)
+        if closed_form is not None:
+            base, deviation = gaussian_fill(base, known_numbers, closed_form)
+        numeric = torch.where(known_numbers, batch.numeric, base)
     # No mask where there is nothing to mask, so that the fastest kernel can run. Causal, padding needs none:
     # it is on the right, in the future of every real row.
     attend = None
     if not causal and not batch.valid.all():
         attend = create_attention_mask(batch.valid, causal)
-    return Inputs(numeric=torch.where(known_numbers, batch.numeric, base),
-                  categorical=torch.where(known_ids, batch.categorical, base_ids),
-                  known=batch.observed, base=base, base_ids=base_ids, clock=batch.clock, attend=attend)
+    return Inputs(numeric=numeric, categorical=torch.where(known_ids, batch.categorical, base_ids),
+                  known=batch.observed, base=base, base_ids=base_ids, deviation=deviation,
+                  clock=batch.clock, attend=attend)
 
 
 if __name__ == "__main__":

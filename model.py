@@ -48,6 +48,7 @@ class Config:
     n_embd: int = 128           # D
     dropout: float = 0.0
     clip: float = 10.0          # numbers enter the network clipped to +- this
+    closed_base: bool = False   # the base is the closed form, not the straight line or the last value
     causal: bool = False        # False: a row sees all rows of its window. True: itself and the past
 
 
@@ -139,8 +140,7 @@ class RowEmbedding(nn.Module):
         self.categories = nn.ModuleList(
             nn.Embedding(size, config.n_embd, padding_idx=1) for size in config.vocab_sizes)
 
-    def forward(self, values, ids, known, clock):
-        steps = F.pad(values.diff(dim=1), (0, 0, 1, 0))                         # (B, T, N), the first is 0
+    def forward(self, values, steps, ids, known, clock):
         masked = (~known).type_as(values)                                       # (B, T, F)
         # 4: a step is small beside its value, and must not drown in it
         x = torch.cat([values, 4 * steps, masked, clock], dim=-1)               # (B, T, 2N + F + C)
@@ -176,9 +176,10 @@ class TableTransformer(nn.Module):
     """masking.Inputs -> Prediction. The heads correct the base and start at zero: before its first step the model
     IS linear interpolation (or, causal, repetition of the last row), and training is judged against that."""
 
-    def __init__(self, config):
+    def __init__(self, config, closed_form=None):
         super().__init__()
         self.config = config
+        self.closed_form = closed_form          # stays on the CPU, where create_inputs needs it
         self.embed = RowEmbedding(config)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.norm = nn.LayerNorm(config.n_embd)
@@ -205,11 +206,16 @@ class TableTransformer(nn.Module):
         if not self.config.causal:      # the level of the window would tell a causal model about its future
             center, scale = window_scale(inputs.numeric, inputs.known[..., :N])
         values = (inputs.numeric - center) / scale                              # (B, T, N)
-        values = values.clamp(-self.config.clip, self.config.clip)
-        x = self.embed(values, inputs.categorical, inputs.known, inputs.clock)  # (B, T, D)
+        steps = F.pad(values.diff(dim=1), (0, 0, 1, 0))                         # the first is 0
+        if self.config.causal and self.config.closed_base:
+            # the step that the base takes instead of the level, which would be learnt by heart
+            values = 4 * (inputs.base - inputs.numeric)
+        x = self.embed(self.clip(values), self.clip(steps), inputs.categorical, inputs.known, inputs.clock)
         for block in self.blocks:
             x = block(x, inputs.attend, self.rotary[:T])
         x = self.norm(x)
+        if inputs.deviation is not None:
+            scale = inputs.deviation
         numeric = inputs.base + scale * self.numeric_head(x).float()            # (B, T, N)
         logits = []
         for k, head in enumerate(self.class_heads):
@@ -218,10 +224,17 @@ class TableTransformer(nn.Module):
             logits.append(head(x).float() + lead)
         return Prediction(numeric, logits)
 
+    def clip(self, values):
+        return values.clamp(-self.config.clip, self.config.clip)
+
+    def base_form(self):
+        """The closed form, if it is the base that the heads correct."""
+        return self.closed_form if self.config.closed_base else None
+
     @torch.no_grad()
     def predict(self, batch):
         """data.Batch, `observed` = what is known -> numbers (B, T, N) and likeliest ids (B, T, K), on the CPU."""
-        inputs = create_inputs(batch, self.config.causal)
+        inputs = create_inputs(batch, self.config.causal, self.base_form())
         prediction = self(move(inputs, self.rotary.device))
         return prediction.numeric.cpu(), prediction.ids().cpu()
 

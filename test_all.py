@@ -30,6 +30,7 @@ import tempfile
 import time
 import tokenize
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -120,6 +121,13 @@ def saved(out, name="last.pt"):
     return torch.load(Path(out) / name, weights_only=True)
 
 
+def saved_model(out):
+    checkpoint = saved(out, "best.pt")
+    net = model.TableTransformer(model.Config(**checkpoint["config"]), checkpoint["closed_form"]).eval()
+    net.load_state_dict(checkpoint["model"])
+    return net
+
+
 def same_bits(out, other):
     a, b = saved(out)["model"], saved(other)["model"]
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
@@ -142,10 +150,20 @@ def random_batch(B=4, T=12, N=3, K=2, missing=0.2, seed=0):
                       torch.randn(B, T, 4, generator=g), torch.arange(T).float().repeat(B, 1)))
 
 
-def random_model(N=3, K=2, causal=False):
-    """A small model whose heads are not zero, so that what reaches them reaches the output."""
+def random_rows(rows=600, N=3, seed=0):
+    """Train rows whose columns and neighbouring rows have to do with each other, (rows, N)."""
+    noise = torch.randn(rows, N, generator=torch.Generator().manual_seed(seed))
+    return torch.from_numpy(pd.DataFrame(noise @ torch.tensor([[1.0, 0.5, 0], [0, 1, 0], [0, 0.3, 1]])[:N, :N])
+                            .ewm(alpha=0.3, adjust=False).mean().to_numpy()).float()
+
+
+def random_model(N=3, K=2, causal=False, closed=False):
+    """A small model whose heads are not zero, so that what reaches them reaches the output; closed: its base is
+    the closed form."""
     torch.manual_seed(0)
-    net = model.TableTransformer(model.Config(N, [5] * K, 4, 12, 2, 2, 16, causal=causal))
+    fit = masking.fit_autoregression if causal else masking.fit_gaussian
+    form = fit([random_rows(N=N)], 12) if closed else None
+    net = model.TableTransformer(model.Config(N, [5] * K, 4, 12, 2, 2, 16, causal=causal, closed_base=closed), form)
     for head in (net.numeric_head, *net.class_heads):
         torch.nn.init.normal_(head.weight)
     return net
@@ -156,9 +174,9 @@ def hide(batch, hidden):
     return batch._replace(observed=batch.observed & ~hidden)
 
 
-def ask(batch, *flags, case=None):
+def ask(batch, *flags, case=None, net=SimpleNamespace(base_form=lambda: None)):
     """What train_mlm makes of a batch in its first step, or in a case of evaluation: Inputs and Targets."""
-    return train_mlm.make_example(batch, mlm_args(*flags), step_generator(1), step=0, case=case)[1:]
+    return train_mlm.make_example(net, batch, mlm_args(*flags), step_generator(1), step=0, case=case)[1:]
 
 
 def flat(prediction):
@@ -466,6 +484,57 @@ def test_the_base_is_what_pandas_would_write():
     assert masking.last_known(ids, ids > 0).flatten().tolist() == [2, 2, 2, 2, 3, 3, 3]
 
 
+def test_gaussian_fill_equals_a_dense_solve():
+    T, N = 12, 3
+    rows, batch = random_rows(), random_batch(N=N, K=0, missing=0.5)
+    S = masking.lag_covariance([rows], T, own=1e-3, level=1.0)
+    assert torch.equal(S, S.T) and torch.linalg.eigvalsh(S).min() > 0
+    pairs = (rows[:-4].double().T @ rows[4:].double()) / len(rows) + torch.eye(N)               # 4 rows apart
+    torch.testing.assert_close(S[2 * N:3 * N, 6 * N:7 * N], pairs)
+    known, numeric = batch.observed, batch.numeric
+    line = interpolate(numeric, known, batch.time)
+    base, deviation = masking.gaussian_fill(line, known, masking.fit_gaussian([rows], T))
+    assert torch.equal(base[known], numeric[known]) and (deviation[known] == 0).all()
+    for b in range(len(known)):
+        k, u = known[b].flatten(), ~known[b].flatten()
+        weights = torch.linalg.solve(S[k][:, k], S[k][:, u])                                    # (known, unknown)
+        torch.testing.assert_close(base[b].flatten()[u].double(), weights.T @ numeric[b].flatten()[k].double(),
+                                   atol=1e-3, rtol=1e-3)
+        left = (S[u][:, u] - S[u][:, k] @ weights).diagonal().sqrt()
+        torch.testing.assert_close(deviation[b].flatten()[u].double(), left, atol=1e-3, rtol=1e-3)
+
+
+def test_autoregression_equals_a_dense_solve():
+    T, N, rows = 12, 3, random_rows()
+    regression = masking.fit_autoregression([rows[:400], rows[400:]], T)        # no step from one to the other
+    steps = [x.diff(dim=0) for x in (rows[:400], rows[400:])]
+    unit = torch.cat(steps).square().mean(0).sqrt()
+    S = masking.lag_covariance([x / unit for x in steps], T, own=0.03, level=0.0)
+    window = rows[100:100 + T][None]
+    said = masking.autoregress(window, regression)[0]
+    for t in (0, 1, 5, T - 1):
+        before = (window[0].diff(dim=0)[:t] / unit).flatten().double()          # the t steps up to row t
+        next_step = S[t * N:(t + 1) * N, :t * N] @ torch.linalg.solve(S[:t * N, :t * N], before) * unit.double()
+        torch.testing.assert_close(said[t].double(), window[0, t].double() + next_step, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(masking.autoregress(window + 1e3, regression)[0], said + 1e3, atol=1e-2, rtol=0)
+    short = masking.autoregress(window[:, :5], regression)[0]
+    torch.testing.assert_close(short, said[:5])             # a window may be shorter
+
+
+def test_out_of_reach_and_in_dead_columns_the_line_stays():
+    rows = torch.cat([random_rows(), torch.full((600, 1), 2.0)], dim=1)         # and a constant
+    precision = masking.fit_gaussian([rows], 12)
+    batch = random_batch(N=4, K=0, missing=0.4)
+    for level in (0.0, 50.0):
+        numeric = (batch.numeric + level) * batch.observed
+        line = interpolate(numeric, batch.observed, batch.time)
+        base, deviation = masking.gaussian_fill(line, batch.observed, precision)
+        still = torch.ones_like(line).bool() if level else torch.arange(4).expand_as(line) == 3
+        assert torch.equal(base[still], line[still]) and (deviation[still] == 0).all()
+        assert torch.equal(base[~still & ~batch.observed], line[~still & ~batch.observed]) == bool(level)
+    assert torch.isfinite(base).all()
+
+
 def test_no_query_is_ever_empty_the_naive_mask_makes_nan():
     valid = torch.tensor([[True] * 4, [True, True, False, False], [False] * 4])
     q, k, v = torch.randn(3, 3, 2, 4, 8).unbind(0)
@@ -523,16 +592,17 @@ def test_who_sees_whom():
     assert (gradient[0, inputs.known[0, :, 1], 1] != 0).all()
 
 
+@pytest.mark.parametrize("closed", [False, True])
 @pytest.mark.parametrize("flags", ["", "--mask_share 0.8 --random_share 0.1", "--mask_span 12"])
-def test_inputs_hold_nothing_that_is_hidden(flags):
-    batch, net = random_batch(), random_model()
-    inputs, targets = ask(batch, flags)
+def test_inputs_hold_nothing_that_is_hidden(flags, closed):
+    batch, net = random_batch(), random_model(closed=closed)
+    inputs, targets = ask(batch, flags, net=net)
     covered = targets.score & ~inputs.known                                     # shown as [MASK]
     assert covered[..., :3].any() and covered[..., 3:].any()
     assert (targets.score & inputs.known).any() == ("share" in flags)           # random and kept cells
     forged = batch._replace(numeric=torch.where(covered[..., :3], 9.0, batch.numeric),
                             categorical=torch.where(covered[..., 3:], 4, batch.categorical))
-    other, asked = ask(forged, flags)
+    other, asked = ask(forged, flags, net=net)
     assert not torch.equal(asked.numeric, targets.numeric)                      # it is asked for other things,
     for ours, theirs in zip(inputs, other):                                     # and sees the same
         assert ours is theirs is None or torch.equal(ours, theirs)
@@ -569,7 +639,7 @@ def test_levels_far_away_are_clipped_for_the_network_and_not_for_the_base():
 
 def outputs(net, batch, **changed):
     """What is said of the next rows of a batch."""
-    _, inputs, _ = train_ar.make_example(batch, ar_args(), step_generator(0))
+    _, inputs, _ = train_ar.make_example(net, batch, ar_args(), step_generator(0))
     return flat(net(inputs._replace(**changed)))
 
 
@@ -580,8 +650,9 @@ def next_row_changed(batch, t):
     return Batch(*(torch.cat([a[:, :t], b[:, t:]], dim=1) for a, b in zip(batch, tidy(other))))
 
 
-def test_causal_outputs_never_depend_on_what_comes_after():
-    batch, net = random_batch(missing=0.4), random_model(causal=True)
+@pytest.mark.parametrize("closed", [False, True])
+def test_causal_outputs_never_depend_on_what_comes_after(closed):
+    batch, net = random_batch(missing=0.4), random_model(causal=True, closed=closed)
     batch.valid[1, 9:] = False                              # with padding, too
     batch = tidy(batch)
     for t in range(1, 12):
@@ -671,7 +742,7 @@ def test_window_scale_stays_finite_and_calm():
 
 def test_unk_is_a_constant_zero():
     embed, ids, known = random_model().embed, torch.ones(1, 12, 2).long(), torch.ones(1, 12, 5).bool()
-    zero = embed(torch.zeros(1, 12, 3), ids, known, torch.zeros(1, 12, 4))
+    zero = embed(torch.zeros(1, 12, 3), torch.zeros(1, 12, 3), ids, known, torch.zeros(1, 12, 4))
     assert torch.equal(zero, embed.numbers.bias.expand(1, 12, 16))
     zero.sum().backward()
     assert all(embedding.weight.grad[1].abs().sum() == 0 for embedding in embed.categories)
@@ -735,13 +806,13 @@ def test_loss_is_the_mean_over_scored_cells():
 
 def test_loss_falls_and_beats_the_baselines(toy_csv, tmp_path):
     history = train(toy_csv, tmp_path, LEARN, "--n_layer 2 --batch_size 32 --max_steps 300 --eval_every 100",
-                    "--mask_span 4", pictures=True)
+                    "--mask_span 4 --base linear", pictures=True)
     assert history[-1]["val"] < 0.5 * history[0]["val"]
     found = results(tmp_path)
     assert FACTS | {"eval_mask_probs"} <= set(found) and set(found["test"]) == {"cell", "span"}
     for means in found["test"].values():
         errors = {name: np.array(mean["mse"]) for name, mean in means.items()}
-        assert {"model", "mean", "last", "linear"} <= set(errors) and len(errors["model"]) == 4
+        assert set(errors) == {"model", "mean", "last", "linear", "gauss"} and len(errors["model"]) == 4
         ours = errors.pop("model")
         for name in ("mean", "last", "linear"):
             assert (ours < 0.8 * errors[name]).all(), name                      # at every rate
@@ -789,8 +860,8 @@ def test_a_non_finite_gradient_stops_before_the_step_and_says_why(finished, toy_
             seen.append(batch.numeric[b, t, 1].item())
             shown.numeric[b, t, 1] = NAN
         return shown, targets
-    def keep(config):
-        models.append(model.TableTransformer(config))
+    def keep(*made_of):
+        models.append(model.TableTransformer(*made_of))
         return models[0]
     monkeypatch.setattr(train_mlm, "objective", poisoned)
     monkeypatch.setattr(train_mlm, "TableTransformer", keep)
@@ -884,8 +955,19 @@ def test_learning_rate_starts_above_zero_and_ends_at_the_floor():
     assert train_mlm.get_lr(0, mlm_args("--warmup_steps 0 --max_steps 1")) > 0
 
 
+def test_never_worse_than_the_closed_form_on_val(tmp_path):
+    """The untrained model is its base, and best.pt is what val likes best: what does not help is not used."""
+    pd.DataFrame(random_rows(800).numpy(), columns=list("abc")).to_csv(tmp_path / "in.csv", index=False)
+    for script, rival in ((train_mlm, "gauss"), (train_ar, "ar")):
+        history = train(tmp_path / "in.csv", tmp_path, "--lr 0.5 --max_steps 20 --eval_every 10", script=script)
+        assert saved(tmp_path, "best.pt")["step"] == 0 and history[-1]["val"] > 1       # ruined, and not kept
+        found = results(tmp_path)["test"]
+        found = found.get("cell", found)
+        assert found["model"] == found[rival]
+
+
 @pytest.mark.parametrize("flags", [
-    "--mask_span 1", "--mask_share 0.8 --random_share 0.1", "--mask_prob_start 0.05", "--mask_spread 0",
+    "--mask_span 1", "--base linear", "--mask_share 0.8 --random_share 0.1", "--mask_prob_start 0.05", "--mask_spread 0",
     "--mask_prob 0.95", "--mask_prob 0.6 --mask_span 3", "--score observed", "--mixup 0.5",
     "--mask_span 1.2 --mask_prob 0.08 --eval_mask_probs 0.1", "--dtype bfloat16",
     "--loss huber --grad_accum 2", "--dtype float16", "--scaler robust --seq_len 1",
@@ -935,20 +1017,20 @@ def test_below_the_marker_the_two_scripts_are_one():
     assert bottoms[0] == bottoms[1]
     ours, theirs = vars(mlm_args()), vars(ar_args())        # flags and defaults, in the order of --help
     assert [name for name in ours if name in theirs] == [name for name in theirs if name in ours]
-    for name in ours.keys() & theirs.keys() - {"data", "out_dir", "max_steps", "category_weight"}:
+    for name in ours.keys() & theirs.keys() - {"data", "out_dir", "max_steps", "category_weight", "base"}:
         assert ours[name] == theirs[name], name
 
 
 def test_autoregression_beats_its_baselines(tmp_path):
     toy(1000, noise=0.05).to_csv(tmp_path / "calm.csv", index=False)
     history = train(tmp_path / "calm.csv", tmp_path, LEARN, "--n_layer 2 --batch_size 32 --max_steps 200",
-                    "--eval_every 100 --season 4 --given 16 --horizons 1 5 10",
+                    "--base last --eval_every 100 --season 4 --given 16 --horizons 1 5 10",
                     script=train_ar, pictures=True)
     assert history[-1]["val"] < 0.7 * history[0]["val"]
     found = results(tmp_path)
     assert set(found) == FACTS | {"horizons"} and found["horizons"] == [1, 5, 10]
     ours = found["test"].pop("model")
-    assert {"last", "linear", "season"} <= set(found["test"])
+    assert set(found["test"]) == {"last", "linear", "season", "ar"}
     for name in ("last", "linear", "season"):
         theirs = found["test"][name]
         assert set(theirs) == {"next_mse", "next_accuracy", "rollout_mse"}
@@ -1329,8 +1411,7 @@ def test_filling_is_what_the_model_says_and_resuming_only_fills(finished, toy_cs
     assert same_bits(finished, tmp_path)
     assert (finished / "log.csv").read_bytes() == (tmp_path / "log.csv").read_bytes()
     table = load_table(mlm_args("--seq_len 16 --data", toy_csv))
-    net = model.TableTransformer(model.Config(2, [4], table.clock.shape[1], 16, 1, 2, 16)).eval()
-    net.load_state_dict(saved(tmp_path, "best.pt")["model"])
+    net = saved_model(tmp_path)
     frame, filled = toy(), pd.read_csv(tmp_path / "filled.csv")
     row = next(i for i in range(100, 300) if np.isnan(frame["wave"][i]) and i % 8 == 0)
     numbers, _ = net.predict(table.batch(torch.tensor([[row - 8, 400]])))       # the window in whose middle it stands
@@ -1376,8 +1457,7 @@ def test_the_future_is_written_for_each_group(tmp_path):
 def test_the_forecast_is_the_roll_out_from_the_last_rows(toy_csv, tmp_path):
     train(toy_csv, tmp_path, "--drop_cols date --forecast 3 --to", tmp_path / "next.csv", script=train_ar)
     table = load_table(ar_args("--seq_len 16 --drop_cols date --data", toy_csv))
-    net = model.TableTransformer(model.Config(2, [4], 0, 16, 1, 2, 16, causal=True)).eval()
-    net.load_state_dict(saved(tmp_path, "best.pt")["model"])
+    net = saved_model(tmp_path)
     rows = net.rollout(table.batch(torch.tensor([[384, 400]])), torch.zeros(1, 3, 0))
     said = rows.numeric[0, :, 0] * table.schema.scale[0] + table.schema.center[0]
     written = pd.read_csv(tmp_path / "next.csv")
@@ -1482,7 +1562,7 @@ def test_claim_only_missing_targets_make_the_loss_nan(change):
 def test_claim_identity_reconstruction_is_no_cause(tmp_path):
     """Scoring what is shown at a mask rate of 0.00001: useless, but as calm as can be."""
     toy().ffill().bfill().to_csv(tmp_path / "whole.csv", index=False)
-    history = train(tmp_path / "whole.csv", tmp_path, "--score observed --mask_prob 0.00001 --mask_spread 0 "
+    history = train(tmp_path / "whole.csv", tmp_path, "--score observed --mask_prob 0.00001 --mask_spread 0 --base linear "
                     "--max_steps 30 --eval_every 30")
     assert max(row["norm"] for row in history) < 1 and history[-1]["train"] < 0.2
     assert history[-1]["val"] > 0.8                         # in units of interpolation: nothing was learnt
@@ -1514,7 +1594,7 @@ def test_claim_attention_over_heads_does_not_learn(tmp_path, monkeypatch):
     errors = []
     for attention in (F.scaled_dot_product_attention, model.over_heads):
         monkeypatch.setattr(F, "scaled_dot_product_attention", attention)
-        train(tmp_path / "toy.csv", tmp_path, LEARN, "--batch_size 16 --max_steps 150 --eval_every 150 --mask_span 1")
+        train(tmp_path / "toy.csv", tmp_path, LEARN, "--batch_size 16 --max_steps 150 --eval_every 150 --mask_span 1 --base linear")
         found = results(tmp_path)["test"]["cell"]
         errors.append(sum(found["model"]["mse"]) / sum(found["linear"]["mse"]))
     assert errors[0] < 0.8 * errors[1]

@@ -27,7 +27,8 @@ import torch.distributed as dist
 from data import (Batch, Schema, add_errors, check_target, draw_lines, draw_windows, fail, find_hints, load_table, make_parser,
                   mean_errors, next_rows, number, print_columns, print_errors, read_text, replace_file, spell,
                   step_generator, write_text)
-from masking import Targets, create_inputs, jitter, last_known, move, scorable, within_clip
+from masking import (MOST_CELLS, Targets, autoregress, create_inputs, fit_autoregression, jitter, last_known, mix_up,
+                     move, scorable, train_sequences, within_clip)
 from model import Config, TableTransformer, count_scored, explain_non_finite, sum_losses
 
 SCRIPT = "train_ar"
@@ -43,6 +44,11 @@ def get_parser():
     # a roll-out goes on from rows that are slightly off: so does training, or it will not know how
     add("--noise", type=number(float, 0), default=0.05,
         help="on the numbers seen in training, as a share of their step from the row before")
+    add("--mixup", type=number(float, 0, 1), default=0.0,
+        help="a training window's numbers are up to this share those of another window")
+    add("--base", choices=["closed", "last"],
+        help="what the model corrects: the closed form, or the last value (None: the closed form, but for three and "
+             "more groups, which may each have a law of its own)")
     add("--given", type=size, default=10, help="rows of a test window that a roll-out starts from")
     add("--horizons", type=size, nargs="+", default=[1, 5, 10, 19],
         help="steps ahead at which a roll-out is judged")
@@ -64,6 +70,8 @@ def objective(batch, args, generator, step=None, case=None):
 
     Every row is asked for the row after it. In training, without `case`, what is seen is slightly off.
     """
+    if case is None and args.mixup:
+        batch = mix_up(batch, args.mixup, generator)
     shown = batch
     if case is None:
         shown = jitter(batch, args.noise, generator)
@@ -80,8 +88,15 @@ def eval_cases(args):
     return {("next", "next row"): "next row"}
 
 
-def baselines(shown, args):
-    """What one would say comes next without a model: {name: (numbers (B, T, N), ids (B, T, K))}."""
+def fit_closed_form(table, args):
+    """The matrix for masking.autoregress, from the train rows; None where it would be too large."""
+    if not 0 < table.seq_len * len(table.schema.numeric) <= MOST_CELLS:
+        return None
+    return fit_autoregression(train_sequences(table), table.seq_len)
+
+
+def baselines(shown, args, closed_form=None):
+    """What one would say comes next without training: {name: (numbers (B, T, N), ids (B, T, K))}."""
     N = shown.numeric.shape[-1]
     last = last_known(shown.numeric, shown.observed[..., :N])                   # (B, T, N)
     ids = last_known(shown.categorical, shown.observed[..., N:])                # (B, T, K)
@@ -91,6 +106,8 @@ def baselines(shown, args):
         rows = torch.arange(last.shape[1])
         ago = torch.where(rows + 1 < args.season, rows, rows + 1 - args.season)
         answers["season"] = (last[:, ago], ids[:, ago])
+    if closed_form is not None:
+        answers["ar"] = (autoregress(last, closed_form), ids)
     return answers
 
 
@@ -110,6 +127,8 @@ def rollout_windows(table, args):
 def prepare(table, args):
     """What no flag can know alone, and what must not go wrong after minutes of training. Returns the rows to
     come, without their values, and their clock; or None."""
+    if args.base is None:
+        args.base = "closed" if table.split_by_time else "last"
     longest = max(args.horizons)
     if (args.season or 1) > args.given:
         fail(f"--season {args.season} looks back further than a roll-out's --given {args.given} rows")
@@ -140,8 +159,9 @@ def report_test(model, table, errors, args):
     targets = Targets(future.numeric, future.categorical, scorable(future))
     targets = within_clip(targets, future.numeric, args.clip)
     answers = {"model": model.rollout(given, future.clock)}
-    for name in baselines(given, args):
-        answers[name] = model.rollout(given, future.clock, lambda shown: baselines(shown, args)[name])
+    for name in baselines(given, args, model.closed_form):
+        answers[name] = model.rollout(given, future.clock,
+                                      lambda shown: baselines(shown, args, model.closed_form)[name])
     lines = []
     for i in range(longest):
         row = {name: (rows.numeric[:, i:i + 1], rows.categorical[:, i:i + 1]) for name, rows in answers.items()}
@@ -235,11 +255,7 @@ def parse(argv):
     checkpoint = load_checkpoint(f"{args.out_dir}/last.pt")
     was = {**checkpoint["args"], "out_dir": args.out_dir}   # a folder may have been moved
     parser.set_defaults(**was)                              # a flag given now still wins
-    args = parser.parse_args(argv)
-    for name in ("n_layer", "n_head", "n_embd"):            # --n_head changes no weight's shape
-        if getattr(args, name) != was[name]:
-            fail(f"{args.out_dir}/last.pt holds another shape of model: --{name} must stay {was[name]}")
-    return args, checkpoint
+    return parser.parse_args(argv), checkpoint
 
 
 def load_checkpoint(path):
@@ -284,21 +300,21 @@ def get_lr(step, args):
     return min_lr + coeff * (args.lr - min_lr)
 
 
-def make_example(batch, args, generator, step=None, case=None):
+def make_example(model, batch, args, generator, step=None, case=None):
     """data.Batch -> what is shown of it, Batch; what the model sees of that, Inputs; what is asked, Targets."""
     shown, targets = objective(batch, args, generator, step, case)
-    inputs = create_inputs(shown, CAUSAL)
+    inputs = create_inputs(shown, CAUSAL, model.base_form())
     return shown, inputs, within_clip(targets, inputs.base, args.clip)
 
 
-def measure_base(table, args):
+def measure_base(model, table, args):
     """(N,) root mean squared error of the base on some train windows, the unit of the numeric loss: it starts
     near 1, says what share of the base's error is left, and a calm column weighs as much as a wild one."""
     generator = step_generator(0)
     batch = table.batch(table.sample("train", 64, generator))
     square, count = 0.0, 0
     for case in eval_cases(args).values():
-        _, inputs, targets = make_example(batch, args, generator, case=case)
+        _, inputs, targets = make_example(model, batch, args, generator, case=case)
         score = targets.score[..., :inputs.base.shape[-1]]                      # (B, T, N)
         error = torch.where(score, inputs.base - targets.numeric, 0.0)
         square = square + error.square().sum(dim=(0, 1))
@@ -320,14 +336,14 @@ def evaluate(model, table, split, stride, base_rmse, args, autocast):
         sums, counts = torch.zeros(2), torch.zeros(2)
         for windows in table.starts(split, stride).split(32):
             batch = table.batch(windows)
-            shown, inputs, targets = make_example(batch, args, generator, case=cases[kind, name])
+            shown, inputs, targets = make_example(model, batch, args, generator, case=cases[kind, name])
             with autocast:
                 prediction = model(move(inputs, device))
             sums += sum_losses(prediction, move(targets, device), base_rmse, args.loss).cpu()
             counts += count_scored(targets)
             # baselines see what the model saw, and answer for the same cells
             answers = {"model": (prediction.numeric.cpu(), prediction.ids().cpu())}
-            answers.update(baselines(shown, args))
+            answers.update(baselines(shown, args, model.closed_form))
             add_errors(lines, kind, name, table.schema, targets, answers)
         losses += sums / counts.clamp(min=1) / len(cases)
     return losses, pd.concat(lines)
@@ -346,14 +362,16 @@ def main(argv=None):
     table = load_table(args, schema=checkpoint and Schema(**checkpoint["schema"]))
     schema = table.schema
     prepared = prepare(table, args)                         # what is to be written at the end
-    base_rmse = measure_base(table, args).to(device)                            # (N,)
     weight = torch.tensor([1.0, args.category_weight], device=device)           # of the two losses
+    closed_form = checkpoint["closed_form"] if checkpoint else fit_closed_form(table, args)
     torch.manual_seed(args.seed)                            # the weights; the same on all ranks
     config = Config(n_numeric=len(schema.numeric), vocab_sizes=schema.vocab_sizes(),
                     n_clock=table.clock.shape[1], seq_len=table.seq_len, causal=CAUSAL,
                     n_layer=args.n_layer, n_head=args.n_head, n_embd=args.n_embd,
-                    dropout=args.dropout, clip=args.clip)
-    raw = TableTransformer(config).to(device)
+                    dropout=args.dropout, clip=args.clip,
+                    closed_base=args.base == "closed" and closed_form is not None)
+    raw = TableTransformer(config, closed_form).to(device)
+    base_rmse = measure_base(raw, table, args).to(device)                       # (N,)
     matrices = [p for p in raw.parameters() if p.dim() >= 2]
     vectors = [p for p in raw.parameters() if p.dim() < 2]  # biases and norms are not drawn to 0
     groups = [{"params": matrices, "weight_decay": args.weight_decay},
@@ -361,6 +379,9 @@ def main(argv=None):
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=device.type in ("cpu", "cuda"))
     step, best, val, history = 0, math.inf, math.nan, []
     if checkpoint:
+        for name, value in checkpoint["config"].items():
+            if name not in ("dropout", "clip") and getattr(config, name) != value:
+                fail(f"{args.out_dir}/last.pt holds a model of another shape: {name} must stay {value}")
         raw.load_state_dict(checkpoint["model"])
         # what Adam remembers comes from the checkpoint, its settings from the flags
         optimizer.load_state_dict({**optimizer.state_dict(), "state": checkpoint["optimizer"]["state"]})
@@ -379,7 +400,8 @@ def main(argv=None):
         print(*[f"hint: {hint}" for hint in find_hints(table, args)], sep="\n")
 
     def save(name):
-        state = {"script": SCRIPT, "args": vars(args), "schema": asdict(schema), "step": step,
+        state = {"script": SCRIPT, "args": vars(args), "schema": asdict(schema),
+                 "config": asdict(config), "closed_form": closed_form, "step": step,
                  "best": best, "history": history, "model": raw.state_dict(),
                  "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
         replace_file(f"{args.out_dir}/{name}", lambda path: torch.save(state, path))
@@ -412,7 +434,7 @@ def main(argv=None):
         generator = step_generator(args.seed, step, rank)
         torch.manual_seed(generator.initial_seed())         # for dropout
         windows = [table.sample("train", args.batch_size, generator) for _ in range(args.grad_accum)]
-        examples = [make_example(table.batch(w), args, generator, step=step) for w in windows]
+        examples = [make_example(raw, table.batch(w), args, generator, step=step) for w in windows]
         count = sum(count_scored(targets) for _, _, targets in examples).to(device)     # (2,)
         if world > 1:
             dist.all_reduce(count)                          # scored cells of the whole step

@@ -28,8 +28,9 @@ from data import (Schema, add_errors, check_target, default_span, draw_lines, dr
                   load_table,
                   make_parser, mean_errors, number, print_columns, print_errors, print_table, read_text, replace_file, spell,
                   step_generator, write_text)
-from masking import (Targets, bert_style_masking, create_inputs, create_masks, get_mask_probability, interpolate,
-                     last_known, mix_up, move, nearest_category, scorable, within_clip)
+from masking import (MOST_CELLS, Targets, bert_style_masking, create_inputs, create_masks, fit_gaussian,
+                     gaussian_fill, get_mask_probability, interpolate, last_known, mix_up, move, nearest_category,
+                     scorable, train_sequences, within_clip)
 from model import Config, TableTransformer, count_scored, explain_non_finite, sum_losses
 
 SCRIPT = "train_mlm"
@@ -58,6 +59,8 @@ def get_parser():
     add("--random_share", type=share, default=0.0, help="share shown as another value (BERT: 0.1)")
     add("--score", choices=["hidden", "observed"], default="hidden",
         help="cells in the training loss; observed is the identity-reconstruction mistake, as an experiment")
+    add("--base", choices=["closed", "linear"], default="closed",
+        help="what the model corrects: the closed form, or straight lines")
     add("--eval_mask_probs", type=rate, nargs="+", default=[0.125, 0.25, 0.375, 0.5],
         help="rates of evaluation, of single cells and of runs")
     add("--category_weight", type=number(float, 0), default=1.0,
@@ -105,8 +108,15 @@ def eval_cases(args):
     return {**cells, **runs}
 
 
-def baselines(shown, args):
-    """What one would fill in without a model: {name: (numbers (B, T, N), ids (B, T, K))}."""
+def fit_closed_form(table, args):
+    """The matrix for masking.gaussian_fill, from the train rows; None where it would be too large."""
+    if not 0 < table.seq_len * len(table.schema.numeric) <= MOST_CELLS:
+        return None
+    return fit_gaussian(train_sequences(table), table.seq_len)
+
+
+def baselines(shown, args, closed_form=None):
+    """What one would fill in without training: {name: (numbers (B, T, N), ids (B, T, K))}."""
     N = shown.numeric.shape[-1]
     known = shown.observed[..., :N]
     known_ids = shown.observed[..., N:]
@@ -114,8 +124,12 @@ def baselines(shown, args):
     nearest = nearest_category(shown.categorical, known_ids, shown.time)
     last = last_known(shown.numeric, known)
     last_ids = last_known(shown.categorical, known_ids)
-    return {"linear": (line, nearest), "last": (last, last_ids),
-            "mean": (torch.zeros_like(last), torch.zeros_like(last_ids))}       # 0: centre of the train rows
+    answers = {"linear": (line, nearest), "last": (last, last_ids),
+               "mean": (torch.zeros_like(last), torch.zeros_like(last_ids))}    # 0: centre of the train rows
+    if closed_form is not None:
+        fill, _ = gaussian_fill(line, known, closed_form)
+        answers["gauss"] = (fill, nearest)
+    return answers
 
 
 # -----------------------------------------------------------------------------
@@ -240,11 +254,7 @@ def parse(argv):
     checkpoint = load_checkpoint(f"{args.out_dir}/last.pt")
     was = {**checkpoint["args"], "out_dir": args.out_dir}   # a folder may have been moved
     parser.set_defaults(**was)                              # a flag given now still wins
-    args = parser.parse_args(argv)
-    for name in ("n_layer", "n_head", "n_embd"):            # --n_head changes no weight's shape
-        if getattr(args, name) != was[name]:
-            fail(f"{args.out_dir}/last.pt holds another shape of model: --{name} must stay {was[name]}")
-    return args, checkpoint
+    return parser.parse_args(argv), checkpoint
 
 
 def load_checkpoint(path):
@@ -289,21 +299,21 @@ def get_lr(step, args):
     return min_lr + coeff * (args.lr - min_lr)
 
 
-def make_example(batch, args, generator, step=None, case=None):
+def make_example(model, batch, args, generator, step=None, case=None):
     """data.Batch -> what is shown of it, Batch; what the model sees of that, Inputs; what is asked, Targets."""
     shown, targets = objective(batch, args, generator, step, case)
-    inputs = create_inputs(shown, CAUSAL)
+    inputs = create_inputs(shown, CAUSAL, model.base_form())
     return shown, inputs, within_clip(targets, inputs.base, args.clip)
 
 
-def measure_base(table, args):
+def measure_base(model, table, args):
     """(N,) root mean squared error of the base on some train windows, the unit of the numeric loss: it starts
     near 1, says what share of the base's error is left, and a calm column weighs as much as a wild one."""
     generator = step_generator(0)
     batch = table.batch(table.sample("train", 64, generator))
     square, count = 0.0, 0
     for case in eval_cases(args).values():
-        _, inputs, targets = make_example(batch, args, generator, case=case)
+        _, inputs, targets = make_example(model, batch, args, generator, case=case)
         score = targets.score[..., :inputs.base.shape[-1]]                      # (B, T, N)
         error = torch.where(score, inputs.base - targets.numeric, 0.0)
         square = square + error.square().sum(dim=(0, 1))
@@ -325,14 +335,14 @@ def evaluate(model, table, split, stride, base_rmse, args, autocast):
         sums, counts = torch.zeros(2), torch.zeros(2)
         for windows in table.starts(split, stride).split(32):
             batch = table.batch(windows)
-            shown, inputs, targets = make_example(batch, args, generator, case=cases[kind, name])
+            shown, inputs, targets = make_example(model, batch, args, generator, case=cases[kind, name])
             with autocast:
                 prediction = model(move(inputs, device))
             sums += sum_losses(prediction, move(targets, device), base_rmse, args.loss).cpu()
             counts += count_scored(targets)
             # baselines see what the model saw, and answer for the same cells
             answers = {"model": (prediction.numeric.cpu(), prediction.ids().cpu())}
-            answers.update(baselines(shown, args))
+            answers.update(baselines(shown, args, model.closed_form))
             add_errors(lines, kind, name, table.schema, targets, answers)
         losses += sums / counts.clamp(min=1) / len(cases)
     return losses, pd.concat(lines)
@@ -351,14 +361,16 @@ def main(argv=None):
     table = load_table(args, schema=checkpoint and Schema(**checkpoint["schema"]))
     schema = table.schema
     prepared = prepare(table, args)                         # what is to be written at the end
-    base_rmse = measure_base(table, args).to(device)                            # (N,)
     weight = torch.tensor([1.0, args.category_weight], device=device)           # of the two losses
+    closed_form = checkpoint["closed_form"] if checkpoint else fit_closed_form(table, args)
     torch.manual_seed(args.seed)                            # the weights; the same on all ranks
     config = Config(n_numeric=len(schema.numeric), vocab_sizes=schema.vocab_sizes(),
                     n_clock=table.clock.shape[1], seq_len=table.seq_len, causal=CAUSAL,
                     n_layer=args.n_layer, n_head=args.n_head, n_embd=args.n_embd,
-                    dropout=args.dropout, clip=args.clip)
-    raw = TableTransformer(config).to(device)
+                    dropout=args.dropout, clip=args.clip,
+                    closed_base=args.base == "closed" and closed_form is not None)
+    raw = TableTransformer(config, closed_form).to(device)
+    base_rmse = measure_base(raw, table, args).to(device)                       # (N,)
     matrices = [p for p in raw.parameters() if p.dim() >= 2]
     vectors = [p for p in raw.parameters() if p.dim() < 2]  # biases and norms are not drawn to 0
     groups = [{"params": matrices, "weight_decay": args.weight_decay},
@@ -366,6 +378,9 @@ def main(argv=None):
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=device.type in ("cpu", "cuda"))
     step, best, val, history = 0, math.inf, math.nan, []
     if checkpoint:
+        for name, value in checkpoint["config"].items():
+            if name not in ("dropout", "clip") and getattr(config, name) != value:
+                fail(f"{args.out_dir}/last.pt holds a model of another shape: {name} must stay {value}")
         raw.load_state_dict(checkpoint["model"])
         # what Adam remembers comes from the checkpoint, its settings from the flags
         optimizer.load_state_dict({**optimizer.state_dict(), "state": checkpoint["optimizer"]["state"]})
@@ -384,7 +399,8 @@ def main(argv=None):
         print(*[f"hint: {hint}" for hint in find_hints(table, args)], sep="\n")
 
     def save(name):
-        state = {"script": SCRIPT, "args": vars(args), "schema": asdict(schema), "step": step,
+        state = {"script": SCRIPT, "args": vars(args), "schema": asdict(schema),
+                 "config": asdict(config), "closed_form": closed_form, "step": step,
                  "best": best, "history": history, "model": raw.state_dict(),
                  "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
         replace_file(f"{args.out_dir}/{name}", lambda path: torch.save(state, path))
@@ -417,7 +433,7 @@ def main(argv=None):
         generator = step_generator(args.seed, step, rank)
         torch.manual_seed(generator.initial_seed())         # for dropout
         windows = [table.sample("train", args.batch_size, generator) for _ in range(args.grad_accum)]
-        examples = [make_example(table.batch(w), args, generator, step=step) for w in windows]
+        examples = [make_example(raw, table.batch(w), args, generator, step=step) for w in windows]
         count = sum(count_scored(targets) for _, _, targets in examples).to(device)     # (2,)
         if world > 1:
             dist.all_reduce(count)                          # scored cells of the whole step
