@@ -876,20 +876,19 @@ def print_table(title, means):
 
 
 def print_errors(title, errors, schema, cases=None):
-    """Tables of numbers and categories: some cases (None: each), and the mean of all. Returns {method: {measure:
-    [a mean a case]}}."""
-    mse = mean_errors(errors, schema.numeric, "square", "case")
-    mae = mean_errors(errors, schema.numeric, "absolute", "case")
-    accuracy = 1 - mean_errors(errors, schema.categorical, "absolute", "case")
-    cases = cases or errors["case"].unique().tolist()
-    for heading, means in (("mean squared error, scaled", mse), ("accuracy of categories", accuracy)):
-        print_table(f"{title}: {heading}", means.reindex(columns=cases).assign(mean=means.mean(axis=1)))
-
-    def per_case(means, method):
-        row = means.loc[method].astype(object)
-        return row.where(row.notna(), None).tolist()        # json knows no NaN
-    return {method: {"mse": per_case(mse, method), "mae": per_case(mae, method),
-                     "accuracy": per_case(accuracy, method)} for method in errors["method"].unique()}
+    """Tables of numbers and of categories: some cases (None: each), and the mean of all. Returns {method:
+    {measure: [a mean for each case]}}."""
+    tables = {"mse": mean_errors(errors, schema.numeric, "square", "case"),
+              "mae": mean_errors(errors, schema.numeric, "absolute", "case"),
+              "accuracy": 1 - mean_errors(errors, schema.categorical, "absolute", "case")}
+    for measure, heading in (("mse", "mean squared error, scaled"), ("accuracy", "accuracy of categories")):
+        means = tables[measure]
+        print_table(f"{title}: {heading}", means[cases or list(means)].assign(mean=means.mean(axis=1)))
+    kept = {}
+    for method in errors["method"].unique():
+        rows = {measure: means.loc[method].astype(object) for measure, means in tables.items()}
+        kept[method] = {measure: row.where(row.notna(), None).tolist() for measure, row in rows.items()}
+    return kept                                             # None for NaN, which json does not know
 
 
 def print_columns(errors, schema):
@@ -904,27 +903,26 @@ def print_columns(errors, schema):
 # -----------------------------------------------------------------------------
 # pictures
 
-COLORS = {"model": "#0072B2", "linear": "#E69F00", "last": "#009E73", "season": "#CC79A7", "mean": "#999999",
-          "gauss": "#D55E00", "ar": "#D55E00", "val": "#0072B2", "train": "#999999"}         # for the eyes of all (Okabe 2008)
+COLORS = {"seen": "black", "truth": "black", "model": "#0072B2", "linear": "#E69F00", "last": "#009E73",
+          "season": "#CC79A7", "mean": "#999999", "gauss": "#D55E00", "ar": "#D55E00", "val": "#0072B2",
+          "train": "#999999"}               # for the eyes of all (Okabe 2008)
+MARKS = {"seen": ".", "truth": "o"}         # the rest is crosses: a line would claim to know what lies between
 
 
-LOOKS = {"seen": {"color": "black", "marker": ".", "ms": 4}, "truth": {"color": "black", "marker": "o", "mfc": "none"}}
-
-
-def new_figure(path, lines, columns, width, height):
+def new_figure(path, lines, columns, size):
     """matplotlib's Figure and its axes, a list; None and no axes where there is no matplotlib."""
     try:
         from matplotlib.figure import Figure                # and not pyplot: files, no window
     except ImportError:
         print(f"no {path} without matplotlib: pip install matplotlib")
         return None, []
-    figure = Figure(figsize=(width, height), layout="constrained")
+    figure = Figure(figsize=size, layout="constrained")
     return figure, figure.subplots(lines, columns, squeeze=False).flatten().tolist()
 
 
 def draw_lines(path, frame, xlabel, ylabel):
     """A line for each column of a frame over its index, on a logarithmic scale: errors differ by factors."""
-    figure, axes = new_figure(path, 1, 1, 7, 4)
+    figure, axes = new_figure(path, 1, 1, (7, 4))
     for axis in axes:
         for name in frame:
             axis.plot(frame.index, frame[name], marker=".", color=COLORS[name], label=name)
@@ -934,43 +932,35 @@ def draw_lines(path, frame, xlabel, ylabel):
 
 
 def draw_windows(path, schema, batch, asked, guesses):
-    """Windows of a Batch: what was seen, what was asked, (B, T, F) bool, and {method: guesses (B, T, N)}, in own units.
-    Columns named _x and _y are drawn in the plane, else the four of window 0 that move most, over its rows."""
+    """Windows of a Batch: what was seen, what was asked, (B, T, F) bool, and {method: guesses (B, T, N)}, in own
+    units. Columns called _x and _y are drawn in the plane, else the four of window 0 that move most, over rows."""
     names = schema.numeric
     observed = batch.observed[..., :len(names)]
     asked = asked[..., :len(names)] & observed
-
-    def layer(numbers, shown):
-        own = numbers * torch.tensor(schema.scale) + torch.tensor(schema.center)
-        return torch.where(shown, own, np.nan).numpy()
-    layers = {"seen": layer(batch.numeric, observed & ~asked), "truth": layer(batch.numeric, asked)}
-    for method, numbers in guesses.items():
-        layers[method] = layer(numbers, asked)
-    rows = np.arange(asked.shape[1])
-    planes = [(name, name[:-1] + "y") for name in names if name.endswith("_x") and name[:-1] + "y" in names]
-    spread = torch.where(observed[0], batch.numeric[0], 0.0).std(dim=0) * asked[0].any(dim=0)
-    moving = [j for j in spread.argsort(descending=True)[:4].tolist() if spread[j] > 0]
-    n_panels = len(asked) if planes else max(1, len(moving))
+    layers = {"seen": (batch.numeric, observed & ~asked), "truth": (batch.numeric, asked)}
+    layers.update({method: (numbers, asked) for method, numbers in guesses.items()})
+    spread = (batch.numeric[0].amax(dim=0) - batch.numeric[0].amin(dim=0)) * asked[0].any(dim=0)      # (N,)
+    panels = [(0, [(None, j)]) for j in spread.argsort(descending=True)[:4].tolist()]
+    planes = [(j, names.index(name[:-1] + "y")) for j, name in enumerate(names)
+              if name.endswith("_x") and name[:-1] + "y" in names]
     if planes:
-        figure, axes = new_figure(path, 1, n_panels, 9, 3.2)
+        panels = [(b, planes) for b in range(len(asked))]
+        figure, axes = new_figure(path, 1, len(panels), (9, 3.2))
     else:
-        figure, axes = new_figure(path, n_panels, 1, 9, 1.9 * n_panels)
-    for panel, axis in enumerate(axes):
-        for method, values in layers.items():
-            look = {"ls": "", "label": method, "marker": "x", "ms": 5, "color": COLORS.get(method)}
-            look.update(LOOKS.get(method, {}))
-            if planes:
-                x = [values[panel, :, names.index(name)] for name, _ in planes]
-                y = [values[panel, :, names.index(name)] for _, name in planes]
-                axis.plot(np.concatenate(x), np.concatenate(y), **look)
-            elif moving:
-                axis.plot(rows, values[0, :, moving[panel]], **look)
-        if planes:
-            axis.set(aspect="equal", xlabel="x", ylabel="y")
-        elif moving:
-            axis.set(ylabel=names[moving[panel]].replace("$", r"\$"))           # no TeX in column names
-    if figure:
+        figure, axes = new_figure(path, max(1, len(panels)), 1, (9, 1 + 1.7 * len(panels)))
+    for axis, (b, curves) in zip(axes, panels):
+        for method, (numbers, here) in layers.items():
+            own = numbers[b] * torch.tensor(schema.scale) + torch.tensor(schema.center)     # (T, N)
+            for x, y in curves:
+                rows = here[b, :, y]
+                across = torch.arange(len(rows)) if x is None else own[:, x]
+                label = method if y == curves[0][1] else None
+                axis.plot(across[rows], own[rows, y], MARKS.get(method, "x"), color=COLORS[method], ms=5, mfc="none",
+                          label=label)
+        axis.set(aspect="equal" if planes else "auto", ylabel=names[y].replace("$", r"\$"))       # no TeX
+    if axes and panels:
         figure.legend(*axes[0].get_legend_handles_labels(), ncols=6, loc="outside upper left", frameon=False)
+    if figure:
         figure.savefig(path, dpi=120)
 
 
@@ -1027,6 +1017,79 @@ def make_parser(doc, script, source):
         help="what enters the network is cut to +- this, and what lies beyond is not asked for")
     add("--seq_len", type=number(int, 1), default=96, help="T, rows of a window")
     return parser
+
+
+def add_loop_flags(add, script, max_steps):
+    """The flags of the model, of its optimisation and of the run, for the training scripts."""
+    positive = number(float, 0)
+    count = number(int, 0)
+    size = number(int, 1)
+    add("--n_layer", type=size, default=4, help="transformer blocks")
+    add("--n_head", type=size, default=4, help="attention heads")
+    add("--n_embd", type=size, default=128, help="width of the residual stream")
+    add("--dropout", type=number(float, 0, 1), default=0.0, help="while training")
+    add("--batch_size", type=size, default=32, help="windows in a forward pass")
+    add("--grad_accum", type=size, default=1, help="forward passes in a step")
+    add("--max_steps", type=count, default=max_steps, help="optimiser steps")
+    add("--lr", type=positive, default=2e-3, help="peak learning rate of AdamW")
+    add("--min_lr", type=positive, default=5e-5, help="learning rate at the end")
+    add("--warmup_steps", type=count, default=100, help="linear warmup")
+    add("--weight_decay", type=positive, default=0.1, help="of matrices alone")
+    add("--grad_clip", type=positive, default=1.0, help="largest gradient norm")
+    add("--loss", choices=["mse", "huber"], default="mse", help="of numeric cells")
+    add("--device", default="auto", help="cpu, cuda, cuda:1, mps; auto: cuda if there is one")
+    add("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"],
+        help="of autocast; auto: bfloat16 on a GPU that has it")
+    add("--compile", action="store_true", help="torch.compile: a wait, then faster on a GPU")
+    add("--seed", type=count, default=0, help="of weights, batches and masks")
+    add("--eval_every", type=size, default=100, help="steps between evaluations (and saves)")
+    add("--eval_stride", type=size, help="rows between test windows (None: seq_len // 4)")
+    add("--log_every", type=size, default=10, help="steps between log lines")
+    add("--out_dir", default=f"out/{script}", help="for checkpoints, tables and pictures")
+    add("--resume", action="store_true", help="go on from out_dir/last.pt, with its flags")
+
+
+def parse(parser, argv, script):
+    """Flags, and the checkpoint to go on from, or None. On --resume its flags become the defaults."""
+    args = parser.parse_args(argv)                          # argv None: the command line
+    if args.n_embd % (2 * args.n_head):
+        fail(f"--n_embd {args.n_embd} must be --n_head {args.n_head} times an even number")
+    if not args.resume:
+        return args, None
+    checkpoint = load_checkpoint(f"{args.out_dir}/last.pt", script)
+    parser.set_defaults(**{**checkpoint["args"], "out_dir": args.out_dir})     # a folder may have been moved
+    return parser.parse_args(argv), checkpoint              # a flag given now still wins
+
+
+def load_checkpoint(path, script):
+    """Only tensors and plain Python are read (weights_only), so a checkpoint cannot run code."""
+    if not os.path.exists(path):
+        fail(f"{path}: no such checkpoint; --resume goes on from a run with the same --out_dir")
+    try:
+        # first into main memory: a run that began on a GPU can go on without one
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        assert checkpoint["script"] == script
+    except Exception:               # half a file and a foreign one raise half a dozen kinds of error
+        fail(f"{path}: cannot be read as a checkpoint of {script}.py")
+    return checkpoint
+
+
+def pick_device(args):
+    """Returns the device and autocast's dtype. A GPU is used where there is one, never required."""
+    name = args.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda":                                      # each process of torchrun has its own
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    try:
+        torch.zeros(1, device=name).item()                  # asking is the only way to know
+    except (RuntimeError, AssertionError) as e:
+        fail(f"--device {args.device} cannot be used here ({str(e).splitlines()[0]})")
+    dtype = args.dtype
+    if dtype == "auto":
+        on_gpu = name.startswith("cuda") and torch.cuda.is_bf16_supported()
+        dtype = "bfloat16" if on_gpu else "float32"
+    return torch.device(name), getattr(torch, dtype)
 
 
 def tiny_batch():

@@ -208,8 +208,10 @@ class TableTransformer(nn.Module):
         values = (inputs.numeric - center) / scale                              # (B, T, N)
         steps = F.pad(values.diff(dim=1), (0, 0, 1, 0))                         # the first is 0
         if self.config.causal and self.config.closed_base:
-            # the step that the base takes instead of the level, which would be learnt by heart
-            values = 4 * (inputs.base - inputs.numeric)
+            # the step that the base takes, and the level above the mean so far: absolute levels are learnt by heart
+            steps = inputs.base - inputs.numeric
+            count = torch.arange(1, T + 1, device=values.device)[:, None]
+            values = inputs.numeric - inputs.numeric.cumsum(dim=1) / count
         x = self.embed(self.clip(values), self.clip(steps), inputs.categorical, inputs.known, inputs.clock)
         for block in self.blocks:
             x = block(x, inputs.attend, self.rotary[:T])
@@ -287,14 +289,16 @@ def sum_losses(prediction, targets, base_rmse, loss="mse"):
 
 # ---- the rest can be skipped at first reading
 
-def explain_non_finite(model, inputs, rows, names):
-    """Where a non-finite gradient may come from, in lines. inputs: of the batch; rows (B,): the first row of each
-    window in the sorted table; names: of the numeric columns."""
-    known = torch.where(inputs.known[..., :len(names)], inputs.numeric, 0.0).cpu()              # (B, T, N)
-    size = torch.where(known.isfinite(), known.abs(), math.inf)
-    for j in size.amax(dim=(0, 1)).argsort(descending=True)[:3].tolist():
-        b, t = divmod(int(size[..., j].argmax()), size.shape[1])
-        yield f"{names[j]}: up to {size[b, t, j]:.3g} scaled, in row {int(rows[b]) + t} of the sorted table"
+def explain_non_finite(model, examples, windows, names):
+    """Where a non-finite gradient may come from, in lines. examples: (shown, Inputs, Targets) of each forward pass of
+    the step; windows: the rows that each was cut from, as in Table.sample; names: of the numeric columns."""
+    for (_, inputs, _), rows in zip(examples, windows):
+        known = torch.where(inputs.known[..., :len(names)], inputs.numeric, 0.0)                # (B, T, N)
+        size = torch.where(known.isfinite(), known.abs(), math.inf)
+        for j in size.amax(dim=(0, 1)).argsort(descending=True)[:3].tolist():
+            b, t = divmod(int(size[..., j].argmax()), size.shape[1])
+            row = int(rows[b, 0]) + t
+            yield f"{names[j]}: up to {size[b, t, j]:.3g} scaled, in row {row} of the sorted table"
     lost = [name for name, p in model.named_parameters() if not p.grad.isfinite().all()]
     yield f"gradients not finite: {', '.join(lost[:3])} ({len(lost)} parameters)"
     yield "look at these rows; try a lower --lr or --clip, more --warmup_steps, --dtype float32; --resume"

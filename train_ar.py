@@ -24,9 +24,9 @@ import pandas as pd
 import torch
 import torch.distributed as dist
 
-from data import (Batch, Schema, add_errors, check_target, draw_lines, draw_windows, fail, find_hints, load_table, make_parser,
-                  mean_errors, next_rows, number, print_columns, print_errors, read_text, replace_file, spell,
-                  step_generator, write_text)
+from data import (Batch, Schema, add_errors, add_loop_flags, check_target, draw_lines, draw_windows, fail,
+                  find_hints, load_checkpoint, load_table, make_parser, mean_errors, next_rows, number, parse,
+                  pick_device, print_columns, print_errors, read_text, replace_file, spell, step_generator, write_text)
 from masking import (MOST_CELLS, Targets, autoregress, create_inputs, fit_autoregression, jitter, last_known, mix_up,
                      move, scorable, train_sequences, within_clip)
 from model import Config, TableTransformer, count_scored, explain_non_finite, sum_losses
@@ -35,7 +35,7 @@ SCRIPT = "train_ar"
 CAUSAL = True           # who may look where: every row of a window at itself and at those before it
 
 # -----------------------------------------------------------------------------
-# the knobs of this objective; those of the loop are below, in add_loop_arguments
+# the knobs of this objective
 
 def get_parser():
     parser = make_parser(__doc__, SCRIPT, "planets")
@@ -58,7 +58,7 @@ def get_parser():
         help="of the categorical cells' loss beside the numeric cells'")
     add("--forecast", type=size, help="rows to write at the end, those that come next in each sequence ...")
     add("--to", metavar="FILE", help="... to this .csv")
-    add_loop_arguments(add, max_steps=2000)
+    add_loop_flags(add, SCRIPT, max_steps=2000)
     return parser
 
 
@@ -214,81 +214,6 @@ def write_result(model, table, prepared, errors, args):
 
 # ---- from here to the end train_mlm.py and train_ar.py are the same, line for line ----
 
-def add_loop_arguments(add, max_steps):
-    """The flags of the model, of its optimisation and of the run."""
-    positive = number(float, 0)
-    count = number(int, 0)
-    size = number(int, 1)
-    add("--n_layer", type=size, default=4, help="transformer blocks")
-    add("--n_head", type=size, default=4, help="attention heads")
-    add("--n_embd", type=size, default=128, help="width of the residual stream")
-    add("--dropout", type=number(float, 0, 1), default=0.0, help="while training")
-    add("--batch_size", type=size, default=32, help="windows in a forward pass")
-    add("--grad_accum", type=size, default=1, help="forward passes in a step")
-    add("--max_steps", type=count, default=max_steps, help="optimiser steps")
-    add("--lr", type=positive, default=2e-3, help="peak learning rate of AdamW")
-    add("--min_lr", type=positive, default=5e-5, help="learning rate at the end")
-    add("--warmup_steps", type=count, default=100, help="linear warmup")
-    add("--weight_decay", type=positive, default=0.1, help="of matrices alone")
-    add("--grad_clip", type=positive, default=1.0, help="largest gradient norm")
-    add("--loss", choices=["mse", "huber"], default="mse", help="of numeric cells")
-    add("--device", default="auto", help="cpu, cuda, cuda:1, mps; auto: cuda if there is one")
-    add("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"],
-        help="of autocast; auto: bfloat16 on a GPU that has it")
-    add("--compile", action="store_true", help="torch.compile: a wait, then faster on a GPU")
-    add("--seed", type=count, default=0, help="of weights, batches and masks")
-    add("--eval_every", type=size, default=100, help="steps between evaluations (and saves)")
-    add("--eval_stride", type=size, help="rows between test windows (None: seq_len // 4)")
-    add("--log_every", type=size, default=10, help="steps between log lines")
-    add("--out_dir", default=f"out/{SCRIPT}", help="for checkpoints, tables and pictures")
-    add("--resume", action="store_true", help="go on from out_dir/last.pt, with its flags")
-
-
-def parse(argv):
-    """Flags, and the checkpoint to go on from, or None. On --resume its flags become the defaults."""
-    parser = get_parser()
-    args = parser.parse_args(argv)                          # argv None: the command line
-    if args.n_embd % (2 * args.n_head):
-        fail(f"--n_embd {args.n_embd} must be --n_head {args.n_head} times an even number")
-    if not args.resume:
-        return args, None
-    checkpoint = load_checkpoint(f"{args.out_dir}/last.pt")
-    was = {**checkpoint["args"], "out_dir": args.out_dir}   # a folder may have been moved
-    parser.set_defaults(**was)                              # a flag given now still wins
-    return parser.parse_args(argv), checkpoint
-
-
-def load_checkpoint(path):
-    """Only tensors and plain Python are read (weights_only), so a checkpoint cannot run code."""
-    if not os.path.exists(path):
-        fail(f"{path}: no such checkpoint; --resume goes on from a run with the same --out_dir")
-    try:
-        # first into main memory: a run that began on a GPU can go on without one
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        assert checkpoint["script"] == SCRIPT
-    except Exception:               # half a file and a foreign one raise half a dozen kinds of error
-        fail(f"{path}: cannot be read as a checkpoint of {SCRIPT}.py")
-    return checkpoint
-
-
-def pick_device(args):
-    """Returns the device and autocast's dtype. A GPU is used where there is one, never required."""
-    name = args.device
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda":                                      # each process of torchrun has its own
-        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    try:
-        torch.zeros(1, device=name).item()                  # asking is the only way to know
-    except (RuntimeError, AssertionError) as e:
-        fail(f"--device {args.device} cannot be used here ({str(e).splitlines()[0]})")
-    dtype = args.dtype
-    if dtype == "auto":
-        on_gpu = name.startswith("cuda") and torch.cuda.is_bf16_supported()
-        dtype = "bfloat16" if on_gpu else "float32"
-    return torch.device(name), getattr(torch, dtype)
-
-
 def get_lr(step, args):
     """Linear warmup that starts above 0, then a cosine from --lr to --min_lr at the last step."""
     # Adam's averages are worth little before they have seen some steps
@@ -349,9 +274,50 @@ def evaluate(model, table, split, stride, base_rmse, args, autocast):
     return losses, pd.concat(lines)
 
 
+def build_model(table, args, checkpoint, device):
+    """The model and its optimiser, new or as they were in the checkpoint."""
+    schema = table.schema
+    closed_form = checkpoint["closed_form"] if checkpoint else fit_closed_form(table, args)
+    config = Config(n_numeric=len(schema.numeric), vocab_sizes=schema.vocab_sizes(),
+                    n_clock=table.clock.shape[1], seq_len=table.seq_len, causal=CAUSAL,
+                    n_layer=args.n_layer, n_head=args.n_head, n_embd=args.n_embd,
+                    dropout=args.dropout, clip=args.clip,
+                    closed_base=args.base == "closed" and closed_form is not None)
+    torch.manual_seed(args.seed)                            # the weights; the same on all ranks
+    model = TableTransformer(config, closed_form).to(device)
+    matrices = [p for p in model.parameters() if p.dim() >= 2]
+    vectors = [p for p in model.parameters() if p.dim() < 2]            # biases, norms: not drawn to 0
+    groups = [{"params": matrices, "weight_decay": args.weight_decay},
+              {"params": vectors, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=device.type in ("cpu", "cuda"))
+    if checkpoint:
+        for name, value in checkpoint["config"].items():
+            if name not in ("dropout", "clip") and getattr(config, name) != value:
+                fail(f"{args.out_dir}/last.pt holds a model of another shape: {name} must stay {value}")
+        model.load_state_dict(checkpoint["model"])
+        # what Adam remembers comes from the checkpoint, its settings from the flags
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": checkpoint["optimizer"]["state"]})
+    return model, optimizer
+
+
+def conclude(model, table, base_rmse, args, autocast, history, facts):
+    """The test split, read once, with the best weights. Returns its errors."""
+    model.load_state_dict(load_checkpoint(f"{args.out_dir}/best.pt", SCRIPT)["model"])
+    stride = args.eval_stride or max(1, table.seq_len // 4)             # a cell is asked several times
+    _, errors = evaluate(model, table, "test", stride, base_rmse, args, autocast)
+    results = {"script": SCRIPT, "data": args.data, "seed": args.seed, **facts,
+               **report_test(model, table, errors, args)}
+    text = json.dumps(results, indent=1)
+    replace_file(f"{args.out_dir}/results.json", lambda path: Path(path).write_text(text))
+    print_columns(errors, table.schema)
+    log = pd.DataFrame(history, columns=["step", "train", "val"]).set_index("step")
+    draw_lines(f"{args.out_dir}/loss.png", log, "step", "loss")
+    return errors
+
+
 def main(argv=None):
     """Train, then judge on the test split. Returns the rows of log.csv."""
-    args, checkpoint = parse(argv)
+    args, checkpoint = parse(get_parser(), argv, SCRIPT)
     rank = int(os.environ.get("RANK", 0))                   # one process, or one of several of torchrun
     world = int(os.environ.get("WORLD_SIZE", 1))
     device, dtype = pick_device(args)
@@ -360,48 +326,30 @@ def main(argv=None):
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)  # or it underflows
 
     table = load_table(args, schema=checkpoint and Schema(**checkpoint["schema"]))
-    schema = table.schema
     prepared = prepare(table, args)                         # what is to be written at the end
-    weight = torch.tensor([1.0, args.category_weight], device=device)           # of the two losses
-    closed_form = checkpoint["closed_form"] if checkpoint else fit_closed_form(table, args)
-    torch.manual_seed(args.seed)                            # the weights; the same on all ranks
-    config = Config(n_numeric=len(schema.numeric), vocab_sizes=schema.vocab_sizes(),
-                    n_clock=table.clock.shape[1], seq_len=table.seq_len, causal=CAUSAL,
-                    n_layer=args.n_layer, n_head=args.n_head, n_embd=args.n_embd,
-                    dropout=args.dropout, clip=args.clip,
-                    closed_base=args.base == "closed" and closed_form is not None)
-    raw = TableTransformer(config, closed_form).to(device)
+    raw, optimizer = build_model(table, args, checkpoint, device)
     base_rmse = measure_base(raw, table, args).to(device)                       # (N,)
-    matrices = [p for p in raw.parameters() if p.dim() >= 2]
-    vectors = [p for p in raw.parameters() if p.dim() < 2]  # biases and norms are not drawn to 0
-    groups = [{"params": matrices, "weight_decay": args.weight_decay},
-              {"params": vectors, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=device.type in ("cpu", "cuda"))
+    weight = torch.tensor([1.0, args.category_weight], device=device)           # of the two losses
     step, best, val, history = 0, math.inf, math.nan, []
     if checkpoint:
-        for name, value in checkpoint["config"].items():
-            if name not in ("dropout", "clip") and getattr(config, name) != value:
-                fail(f"{args.out_dir}/last.pt holds a model of another shape: {name} must stay {value}")
-        raw.load_state_dict(checkpoint["model"])
-        # what Adam remembers comes from the checkpoint, its settings from the flags
-        optimizer.load_state_dict({**optimizer.state_dict(), "state": checkpoint["optimizer"]["state"]})
-        scaler.load_state_dict(checkpoint["scaler"])
         step = checkpoint["step"]
         best = checkpoint["best"]
         history = checkpoint["history"]
+        scaler.load_state_dict(checkpoint["scaler"])
     # `model` may be wrapped for speed; `raw` owns the weights and is what is evaluated and saved
     model = torch.compile(raw) if args.compile else raw
     if world > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         model = torch.nn.parallel.DistributedDataParallel(model)
-    n_params = sum(p.numel() for p in raw.parameters())
+    facts = {"n_params": sum(p.numel() for p in raw.parameters()), "steps": args.max_steps}
     if rank == 0:                                           # one process speaks and writes for all
-        print(f"{args.data}: {len(table.observed):,} rows; {n_params:,} parameters on {device}, {dtype}")
-        print(*[f"hint: {hint}" for hint in find_hints(table, args)], sep="\n")
+        print(f"{args.data}: {len(table.observed):,} rows; {facts['n_params']:,} parameters on {device}, {dtype}")
+        for hint in find_hints(table, args):
+            print("hint:", hint)
 
     def save(name):
-        state = {"script": SCRIPT, "args": vars(args), "schema": asdict(schema),
-                 "config": asdict(config), "closed_form": closed_form, "step": step,
+        state = {"script": SCRIPT, "args": vars(args), "schema": asdict(table.schema),
+                 "config": asdict(raw.config), "closed_form": raw.closed_form, "step": step,
                  "best": best, "history": history, "model": raw.state_dict(),
                  "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
         replace_file(f"{args.out_dir}/{name}", lambda path: torch.save(state, path))
@@ -416,7 +364,7 @@ def main(argv=None):
             val = float(losses @ weight.cpu())              # what the training loss is made of
             if history and history[-1]["step"] == step:
                 history[-1]["val"] = val                    # the row was logged before we knew
-            mse = mean_errors(errors, schema.numeric, "square", "kind").mean(axis=1)
+            mse = mean_errors(errors, table.schema.numeric, "square", "kind").mean(axis=1)
             print(f"step {step:5d} | val loss {val:.4f} | mse", mse.round(4).to_dict())
             if val < best:                                  # never true of a NaN
                 best = val
@@ -456,8 +404,7 @@ def main(argv=None):
         except RuntimeError:                                # stop BEFORE the step: the weights are sound
             if rank == 0:
                 save("last.pt")
-            why = [line for w, (_, inputs, _) in zip(windows, examples)
-                   for line in explain_non_finite(raw, inputs, w[:, 0], schema.numeric)]
+            why = explain_non_finite(raw, examples, windows, table.schema.numeric)
             print(f"error: step {step}, rank {rank}: the gradient norm is not finite; stopped before the "
                   f"step, last.pt and best.pt in {args.out_dir} are sound", *why, sep="\n  ", file=sys.stderr)
             raise SystemExit(1)
@@ -482,17 +429,8 @@ def main(argv=None):
         dist.barrier()
         model = raw                                         # frees the wrapper before its process group
         dist.destroy_process_group()
-    if rank == 0:                                           # test is read once, with the best weights
-        raw.load_state_dict(load_checkpoint(f"{args.out_dir}/best.pt")["model"])
-        stride = args.eval_stride or max(1, table.seq_len // 4)         # a cell is asked several times
-        _, errors = evaluate(raw, table, "test", stride, base_rmse, args, autocast)
-        results = report_test(raw, table, errors, args)
-        results.update(script=SCRIPT, data=args.data, steps=step, seed=args.seed, n_params=n_params)
-        text = json.dumps(results, indent=1)
-        replace_file(f"{args.out_dir}/results.json", lambda path: Path(path).write_text(text))
-        print_columns(errors, schema)
-        log = pd.DataFrame(history, columns=["step", "train", "val"]).set_index("step")
-        draw_lines(f"{args.out_dir}/loss.png", log, "step", "loss")
+    if rank == 0:
+        errors = conclude(raw, table, base_rmse, args, autocast, history, facts)
         write_result(raw, table, prepared, errors, args)
     return history
 
