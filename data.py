@@ -139,7 +139,8 @@ def load_table(args, frame=None, schema=None):
     # equal times keep their order, rows without a time come last
     keys = pd.DataFrame({"group": group, "time": axis.stamps}, index=frame.index)
     order = keys.reset_index(drop=True).sort_values(["group", "time"], kind="stable").index
-    frame = frame.iloc[order]
+    if not order.is_monotonic_increasing:                   # a big table need not be held twice
+        frame = frame.iloc[order]
     axis = axis._replace(stamps=axis.stamps.iloc[order])
     lengths = group.iloc[order].groupby(group.iloc[order]).size().to_numpy()
     seq_len, segments, split_by_time = split_rows(lengths, args)
@@ -148,34 +149,41 @@ def load_table(args, frame=None, schema=None):
         is_train[start:end] = True
     if schema is None:
         schema = fit_schema(frame, kinds, axis, is_train, args)
-    for name in schema.numeric + schema.categorical:
-        if name not in frame:
-            fail(f"{args.data}: there is no column {name!r}, which the checkpoint was trained on")
+    has_stamps = pd.api.types.is_datetime64_any_dtype(axis.stamps)
+    if schema.cycles and not has_stamps:
+        fail(f"{args.data}: it has no time stamps, which the checkpoint was trained with (--time_col)")
+    numeric, categorical, observed, stats = encode(frame, schema, args)
+    order = frame.index.to_numpy()
+    blank = frame.isna().all(axis=1).to_numpy() & (order >= 0) & (frame.shape[1] > 1)
+    return Table(schema=schema, numeric=numeric, categorical=categorical, observed=observed,
+                 clock=time_features(axis.stamps, schema.cycles), time=median_steps(axis, lengths),
+                 order=order, axis=axis, blank=torch.tensor(blank), kinds=kinds, stats=stats,
+                 seq_len=seq_len, segments=segments, split_by_time=split_by_time)
 
+
+def encode(frame, schema, args):
+    """DataFrame -> numeric (rows, N), categorical (rows, K), observed (rows, F), and {numeric column: ColumnStats}.
+    From here on no cell is NaN."""
     N, K = len(schema.numeric), len(schema.categorical)
     numeric = np.zeros((len(frame), N), np.float32)
     categorical = np.zeros((len(frame), K), np.int32)
     observed = np.zeros((len(frame), N + K), bool)
     stats = {}
+    for name in schema.numeric + schema.categorical:
+        if name not in frame:
+            fail(f"{args.data}: there is no column {name!r}, which the checkpoint was trained on")
     for j, name in enumerate(schema.numeric):
         x = clean_numbers(frame[name], args)                # float64, NaN where there is none
         observed[:, j] = ~np.isnan(x)
         stats[name] = column_stats(frame[name], x)
         scaled = np.clip((x - schema.center[j]) / schema.scale[j], -1e9, 1e9)   # so that squares are finite
-        numeric[:, j] = np.where(observed[:, j], scaled, 0.0)                   # from here on no cell is NaN
+        numeric[:, j] = np.where(observed[:, j], scaled, 0.0)
     for k, name in enumerate(schema.categorical):
         text = labels(frame[name])
         code = pd.Index(schema.vocabulary[k], dtype="str").get_indexer(text)    # -1: not in train, UNK_ID
         observed[:, N + k] = text.notna()
         categorical[:, k] = np.where(observed[:, N + k], code + 2, MASK_ID)
-    order = frame.index.to_numpy()
-    observed = torch.from_numpy(observed)
-    blank = frame.isna().all(axis=1).to_numpy() & (order >= 0) & (frame.shape[1] > 1)
-    return Table(schema=schema, numeric=torch.from_numpy(numeric), categorical=torch.from_numpy(categorical),
-                 observed=observed, clock=time_features(axis.stamps, schema.cycles),
-                 time=torch.from_numpy(median_steps(axis, lengths)), order=order, axis=axis,
-                 blank=torch.tensor(blank),
-                 kinds=kinds, stats=stats, seq_len=seq_len, segments=segments, split_by_time=split_by_time)
+    return torch.from_numpy(numeric), torch.from_numpy(categorical), torch.from_numpy(observed), stats
 
 
 def fit_schema(frame, kinds, axis, is_train, args):
@@ -552,8 +560,8 @@ def median_steps(axis, lengths):
     steps = seconds.groupby(np.repeat(np.arange(len(lengths)), lengths)).diff()
     step = steps[steps > 0].median()
     if not step > 0 or seconds.isna().any():
-        return np.arange(len(seconds), dtype=np.float64)
-    return (seconds / step).to_numpy(np.float64, copy=True)
+        return torch.arange(len(seconds)).double()
+    return torch.from_numpy((seconds / step).to_numpy(np.float64, copy=True))
 
 
 def insert_absent_rows(frame, group, axis, args):
@@ -777,8 +785,12 @@ def simulate_sensors(n_rows=40_000, seed=0):
         "temp_ambient": np.round(ambient + noise(0.1), 1),
         "line_frequency": 50.0,
         "humidity": np.nan})
+    return spoil(frame, rng)
 
-    # what goes wrong on site
+
+def spoil(frame, rng):
+    """What goes wrong on site; returns the same DataFrame with it."""
+    n_rows = len(frame)
     for name in frame.columns.drop(["time", "line_frequency", "humidity"]):
         holes = rng.random(n_rows) < 0.005
         for start in rng.integers(0, n_rows, n_rows // 2000):
