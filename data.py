@@ -884,6 +884,7 @@ def mean_errors(errors, columns, measure, by):
 
 def print_table(title, means):
     if means.notna().any(axis=None):                        # no categories, no table
+        means = means.rename_axis(index=None, columns=None)
         print(f"\n{title}\n{means.to_string(float_format='{:.4g}'.format, na_rep='-')}")
 
 
@@ -903,13 +904,11 @@ def print_errors(title, errors, schema, cases=None):
     return kept                                             # None for NaN, which json does not know
 
 
-def print_columns(errors, schema):
-    """A line a column: its mean absolute error in its own units, or the share of categories that is wrong."""
-    names = schema.numeric + schema.categorical
-    means = mean_errors(errors, names, "absolute", "column").T.dropna()
+def own_errors(errors, schema):
+    """A line a column: its mean absolute error in its own units; of a category the share that is wrong."""
+    means = mean_errors(errors, schema.numeric + schema.categorical, "absolute", "column").T
     scale = pd.Series(schema.scale, schema.numeric).reindex(means.index, fill_value=1.0)
-    means = means.mul(scale, axis=0)
-    print_table("mean absolute error, own units", means)
+    return means.mul(scale, axis=0)
 
 
 # -----------------------------------------------------------------------------

@@ -1021,6 +1021,26 @@ def test_below_the_marker_the_two_scripts_are_one():
         assert ours[name] == theirs[name], name
 
 
+@pytest.mark.parametrize("name,lines,characters,tokens", [
+    ("data.py", 1240, 48, 13), ("masking.py", 360, 45, 13.5), ("model.py", 392, 45.5, 13.5),
+    ("train_mlm.py", 450, 48, 12), ("train_ar.py", 450, 48, 12.5)])
+def test_the_files_stay_small_and_plain(name, lines, characters, tokens):
+    """Lines of the file; characters and tokens a line of code, without comments and docstrings."""
+    source = (ROOT / name).read_text()
+    nodes = [node for node in ast.walk(ast.parse(source)) if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef))]
+    docs = {line for node in nodes if ast.get_docstring(node) for line in range(node.body[0].lineno, node.body[0].end_lineno + 1)}
+    code, count = {}, 0
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type not in (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT,
+                              tokenize.ENDMARKER) and token.start[0] not in docs:
+            count += 1
+            code.update({row: source.split("\n")[row - 1] for row in range(token.start[0], token.end[0] + 1)})
+    mean = np.mean([len(line.split("  #")[0].strip()) for line in code.values()])
+    assert source.count("\n") <= lines and mean <= characters and count / len(code) <= tokens
+    longest = max((node.end_lineno - node.lineno, node.name) for node in nodes[1:] if node.name not in ("main", "Table"))
+    assert longest[0] <= 50 or longest[1][0].isupper(), longest
+
+
 def test_autoregression_beats_its_baselines(tmp_path):
     toy(1000, noise=0.05).to_csv(tmp_path / "calm.csv", index=False)
     history = train(tmp_path / "calm.csv", tmp_path, LEARN, "--n_layer 2 --batch_size 32 --max_steps 200",
@@ -1651,8 +1671,9 @@ def test_each_file_runs_by_itself(command):
 
 
 def test_imports_go_one_way():
-    for name, above in (("data", "masking"), ("masking", "model"), ("model", "train_mlm")):
-        assert python("-c", f"import sys, {name}; assert '{above}' not in sys.modules").returncode == 0
+    code = ("import sys, data; assert 'masking' not in sys.modules; import masking; assert 'model' not in sys.modules; "
+            "import model; assert 'train_mlm' not in sys.modules")
+    assert python("-c", code).returncode == 0
 
 
 @etth1

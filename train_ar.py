@@ -25,8 +25,8 @@ import torch
 import torch.distributed as dist
 
 from data import (Batch, Schema, add_errors, add_loop_flags, check_target, draw_lines, draw_windows, fail,
-                  find_hints, load_checkpoint, load_table, make_parser, mean_errors, next_rows, number, parse,
-                  pick_device, print_columns, print_errors, read_text, replace_file, spell, step_generator, write_text)
+                  find_hints, load_checkpoint, load_table, make_parser, mean_errors, next_rows, number, own_errors, parse,
+                  pick_device, print_errors, print_table, read_text, replace_file, spell, step_generator, write_text)
 from masking import (MOST_CELLS, Targets, autoregress, create_inputs, fit_autoregression, jitter, last_known, mix_up,
                      move, scorable, train_sequences, within_clip)
 from model import Config, TableTransformer, count_scored, explain_non_finite, sum_losses
@@ -309,7 +309,7 @@ def conclude(model, table, base_rmse, args, autocast, history, facts):
                **report_test(model, table, errors, args)}
     text = json.dumps(results, indent=1)
     replace_file(f"{args.out_dir}/results.json", lambda path: Path(path).write_text(text))
-    print_columns(errors, table.schema)
+    print_table("mean absolute error, own units", own_errors(errors, table.schema).dropna())
     log = pd.DataFrame(history, columns=["step", "train", "val"]).set_index("step")
     draw_lines(f"{args.out_dir}/loss.png", log, "step", "loss")
     return errors
@@ -346,6 +346,8 @@ def main(argv=None):
         print(f"{args.data}: {len(table.observed):,} rows; {facts['n_params']:,} parameters on {device}, {dtype}")
         for hint in find_hints(table, args):
             print("hint:", hint)
+        if raw.closed_form is None:
+            print("no closed form: --seq_len times the numeric columns is 0, or too large")
 
     def save(name):
         state = {"script": SCRIPT, "args": vars(args), "schema": asdict(table.schema),

@@ -25,8 +25,8 @@ import torch
 import torch.distributed as dist
 
 from data import (Schema, add_errors, add_loop_flags, check_target, default_span, draw_lines, draw_windows, fail,
-                  find_hints, gone, load_checkpoint, load_table, make_parser, mean_errors, number, parse, pick_device,
-                  print_columns, print_errors, print_table, read_text, replace_file, spell, step_generator, write_text)
+                  find_hints, gone, load_checkpoint, load_table, make_parser, mean_errors, number, own_errors, parse,
+                  pick_device, print_errors, print_table, read_text, replace_file, spell, step_generator, write_text)
 from masking import (MOST_CELLS, Targets, bert_style_masking, create_inputs, create_masks, fit_gaussian,
                      gaussian_fill, get_mask_probability, interpolate, last_known, mix_up, move, nearest_category,
                      scorable, train_sequences, within_clip)
@@ -190,10 +190,9 @@ def write_result(model, table, text, errors, args):
     schema = table.schema
     learnt = table.learnt().tolist()
     values = [*numeric.T, *ids.T]                                               # F of (rows,)
-    names = schema.numeric + schema.categorical
-    test = mean_errors(errors[errors["kind"] == "span"], names, "absolute", "column").T
+    test = own_errors(errors[errors["kind"] == "span"], schema)
     filled = pd.DataFrame(columns=["cells", "model", "linear"])
-    for j, name in enumerate(names):
+    for j, name in enumerate(schema.numeric + schema.categorical):
         holes = ~table.observed[:, j] & ~table.blank
         if not learnt[j]:
             print(f"{name} is left empty: the train rows have no value of it")
@@ -201,7 +200,10 @@ def write_result(model, table, text, errors, args):
             cells = spell(table, name, values[j][holes], text, args)
             text.iloc[holes.numpy(), text.columns.get_loc(name)] = cells
             filled.loc[name] = [int(holes.sum()), *test.loc[name, ["model", "linear"]]]
-    print_table("filled cells, and the mean error on test, scaled, in runs as long as the holes", filled)
+    print_table("filled cells, and the mean error on test of runs as long as the holes, own units", filled)
+    worse = filled.index[filled["model"] > filled["linear"]]
+    if len(worse):
+        print("straight lines did better on test in", ", ".join(worse))
     if table.blank.any():
         print(f"{int(table.blank.sum()):,} rows without any value are left as they are")
     if not args.regular:
@@ -307,7 +309,7 @@ def conclude(model, table, base_rmse, args, autocast, history, facts):
                **report_test(model, table, errors, args)}
     text = json.dumps(results, indent=1)
     replace_file(f"{args.out_dir}/results.json", lambda path: Path(path).write_text(text))
-    print_columns(errors, table.schema)
+    print_table("mean absolute error, own units", own_errors(errors, table.schema).dropna())
     log = pd.DataFrame(history, columns=["step", "train", "val"]).set_index("step")
     draw_lines(f"{args.out_dir}/loss.png", log, "step", "loss")
     return errors
@@ -344,6 +346,8 @@ def main(argv=None):
         print(f"{args.data}: {len(table.observed):,} rows; {facts['n_params']:,} parameters on {device}, {dtype}")
         for hint in find_hints(table, args):
             print("hint:", hint)
+        if raw.closed_form is None:
+            print("no closed form: --seq_len times the numeric columns is 0, or too large")
 
     def save(name):
         state = {"script": SCRIPT, "args": vars(args), "schema": asdict(table.schema),
