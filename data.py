@@ -362,7 +362,7 @@ def read_frame(args):
 
 def looks_like_time(column):
     """Do nine of ten of its values look like dates? An epoch must be named so: it may be any number."""
-    words = column.dropna().astype(str).str.strip().drop_duplicates()
+    words = column.dropna().iloc[:1000].astype(str).str.strip().drop_duplicates()
     pattern = DATE_WORDS
     if re.search(NAMED_TIME, str(column.name), re.IGNORECASE):
         pattern = f"{DATE_WORDS}|{EPOCH}"
@@ -516,7 +516,7 @@ def read_time(frame, kinds, args):
     for patterns in itertools.product(*choices):
         stamps = parse_stamps(joined, " ".join(patterns))
         if (stamps.isna() == joined.isna()).all():
-            steps = stamps.diff().abs()
+            steps = stamps.drop_duplicates().sort_values().diff()
             evenness = (steps == steps.median()).mean()
             if evenness > most_even:
                 best, most_even = TimeAxis(columns, list(patterns), stamps), evenness
@@ -569,6 +569,8 @@ def insert_absent_rows(frame, group, axis, args):
     stamps = [axis.stamps]
     names = [group]
     for name, own in axis.stamps.groupby(group):
+        if own.nunique() < 2:
+            continue
         grid = time_grid(own.min(), own.max(), None, time_step(own))
         if not own.dropna().isin(grid).all():
             fail(f"{args.data}: --regular: the steps of time are uneven, so it cannot be said which rows are absent")
