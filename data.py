@@ -204,7 +204,7 @@ def fit_schema(frame, kinds, axis, is_train, args):
         train = axis.stamps[is_train]
         seconds = (train.max() - train.min()).total_seconds()
         # a cycle that the train rows have not seen twice tells dates apart, and is learnt by heart
-        cycles = [cycle for cycle in CYCLES if seconds >= 2 * CYCLES[cycle]]
+        cycles = [cycle for cycle in args.cycles if seconds >= 2 * CYCLES[cycle]]
     return Schema(numeric, categorical, center, scale, vocabulary, cycles)
 
 
@@ -1018,6 +1018,7 @@ def make_parser(doc, script, source):
     add("--time_col", nargs="+", default=[], help="to sort by; several are joined: Date Time")
     add("--time_format", help="such as '%%d.%%m.%%Y %%H:%%M' (None: found out)")
     add("--regular", action="store_true", help="a row of holes for each step that is absent")
+    add("--cycles", nargs="*", choices=list(CYCLES), default=list(CYCLES), help="hands of the clock")
     add("--group_col", help="its values are separate sequences; no window crosses over")
     add("--numeric_cols", nargs="+", default=[], help="columns to read as numbers")
     add("--categorical_cols", nargs="+", default=[], help="columns to read as categories")

@@ -11,6 +11,7 @@ loss knows which is which: a cell that was never there has no right answer. What
 
 Masks are bool and (B, T, F), numeric columns first. The words are defined at the top of model.py.
 """
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple, Optional
 
 import torch
@@ -240,25 +241,34 @@ def fit_gaussian(sequences, T):
     return precision * moves * moves[:, None]
 
 
+def fill_window(cells, deviation, unknown, precision):
+    """Set the unknown ones of the cells of a window (T*N,) and their deviation, in place. With precision Q the unknown
+    cells u solve Q_uu x_u = -Q_uk x_k."""
+    u = unknown.nonzero()[:, 0]                                                 # (U,)
+    Q = precision[u]                                                            # (U, T*N)
+    L = torch.linalg.cholesky(Q[:, u])
+    cells[u] = -torch.cholesky_solve((Q @ cells)[:, None], L)[:, 0]
+    deviation[u] = torch.cholesky_inverse(L).diagonal().sqrt()
+
+
 def gaussian_fill(line, known, precision):
     """The mean of the unknown cells given the known ones, and its standard deviation, two (B, T, N), if the rows
     are Gaussian. line (B, T, N): the values where known (B, T, N), interpolated elsewhere.
 
-    With precision Q the unknown cells u solve Q_uu x_u = -Q_uk x_k. Out of reach (a spike, a level never met) and
-    in columns that do not move the line stays, with deviation 0, and nothing is concluded from it.
+    Out of reach (a spike, a level never met) and in columns that do not move the line stays, with deviation 0,
+    and nothing is concluded from it.
     """
     moves = precision.diagonal() > 0                                            # (T*N,)
     reached = (line.abs() < REACH).flatten(1) & moves                           # (B, T*N)
     given = known.flatten(1) & reached
     x = torch.where(given, line.flatten(1), 0.0)
     deviation = torch.zeros_like(x)
-    # a window at a time: each has unknown cells of its own
-    for cells, spread, unknown in zip(x, deviation, moves & ~given):
-        u = unknown.nonzero()[:, 0]                                             # (U,)
-        Q = precision[u]                                                        # (U, T*N)
-        L = torch.linalg.cholesky(Q[:, u])
-        cells[u] = -torch.cholesky_solve((Q @ cells)[:, None], L)[:, 0]
-        spread[u] = torch.cholesky_inverse(L).diagonal().sqrt()
+    # a thread a window, for each has unknown cells of its own, and these matrices are too small to share
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(fill_window, x, deviation, moves & ~given, [precision] * len(x)))
+    torch.set_num_threads(threads)
     solved = reached & ~given
     base = torch.where(solved, x, line.flatten(1))
     return base.view_as(line), (deviation * solved).view_as(line)
@@ -276,8 +286,9 @@ def fit_autoregression(sequences, T):
     N = len(unit)
     own = torch.block_diag(*[L[i:i + N, i:i + N] for i in range(0, T * N, N)])
     regression = torch.eye(T * N) - own @ L.inverse()                           # of steps in that unit
+    earlier = torch.ones(T, T).tril(-1).kron(torch.ones(N, N))                  # exactly, not but for rounding
     unit = unit.repeat(T)
-    return (regression * unit[:, None] / unit).float()
+    return (regression * earlier * unit[:, None] / unit).float()
 
 
 def autoregress(last, regression):

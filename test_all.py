@@ -1016,12 +1016,12 @@ def test_below_the_marker_the_two_scripts_are_one():
     assert bottoms[0] == bottoms[1]
     ours, theirs = vars(mlm_args()), vars(ar_args())        # flags and defaults, in the order of --help
     assert [name for name in ours if name in theirs] == [name for name in theirs if name in ours]
-    for name in ours.keys() & theirs.keys() - {"data", "out_dir", "max_steps", "category_weight", "base"}:
+    for name in ours.keys() & theirs.keys() - {"data", "out_dir", "max_steps", "category_weight", "base", "cycles"}:
         assert ours[name] == theirs[name], name
 
 
 @pytest.mark.parametrize("name,lines,characters,tokens", [
-    ("data.py", 1240, 48, 13), ("masking.py", 360, 45, 13.5), ("model.py", 392, 45.5, 13.5),
+    ("data.py", 1240, 48, 13), ("masking.py", 372, 45.5, 13.5), ("model.py", 392, 45.5, 13.5),
     ("train_mlm.py", 450, 48, 12), ("train_ar.py", 450, 48, 12.5)])
 def test_the_files_stay_small_and_plain(name, lines, characters, tokens):
     """Lines of the file; characters and tokens a line of code, without comments and docstrings."""

@@ -65,6 +65,7 @@ def get_parser():
     add("--category_weight", type=number(float, 0), default=1.0,
         help="of the categorical cells' loss beside the numeric cells'")
     add("--fill", metavar="FILE", help="at the end write the table to this .csv, its holes filled")
+    parser.set_defaults(cycles=["day", "year"])             # neighbours tell the day of the week (README)
     add_loop_flags(add, SCRIPT, max_steps=1200)
     return parser
 
