@@ -61,7 +61,6 @@ class ColumnStats(NamedTuple):
     """Of the observed values of a numeric column, in original units."""
     repaired: int               # cells that are there and no number: words, infinities, sentinels
     mean: float
-    std: float
     min: float
     max: float
 
@@ -80,7 +79,7 @@ class Table:
     kinds: dict                 # column of the file -> what it was taken for
     stats: dict                 # numeric column -> ColumnStats
     seq_len: int                # T
-    blank: torch.Tensor         # (rows,) bool, True = a row of the file without any value, which stays as it is
+    blank: torch.Tensor         # (rows,) bool, True = a row without a time or any value, which stays as it is
     segments: dict              # split -> (S, 2) int64, [start, end) rows of S sequences that may be read;
                                 # "all" -> every sequence whole
     split_by_time: bool         # or whole groups are train, val or test
@@ -136,13 +135,14 @@ def load_table(args, frame=None, schema=None):
     group = group_labels(frame, kinds)
     if args.regular:
         frame, group, axis = insert_absent_rows(frame, group, axis, args)
-    # equal times keep their order, rows without a time come last
-    keys = pd.DataFrame({"group": group, "time": axis.stamps}, index=frame.index)
-    order = keys.reset_index(drop=True).sort_values(["group", "time"], kind="stable").index
+    # equal times keep their order; rows without a time belong nowhere, and stay as they are
+    keys = pd.DataFrame({"nowhere": axis.stamps.isna(), "group": group, "time": axis.stamps})
+    order = keys.reset_index(drop=True).sort_values(["nowhere", "group", "time"], kind="stable").index
     if not order.is_monotonic_increasing:                   # a big table need not be held twice
         frame = frame.iloc[order]
     axis = axis._replace(stamps=axis.stamps.iloc[order])
-    lengths = group.iloc[order].groupby(group.iloc[order]).size().to_numpy()
+    placed = group.iloc[order][axis.stamps.notna().to_numpy()]
+    lengths = placed.groupby(placed).size().to_numpy()
     seq_len, segments, split_by_time = split_rows(lengths, args)
     is_train = np.zeros(len(frame), bool)                   # the rows that statistics may be taken from
     for start, end in segments["train"].tolist():
@@ -155,6 +155,7 @@ def load_table(args, frame=None, schema=None):
     numeric, categorical, observed, stats = encode(frame, schema, args)
     order = frame.index.to_numpy()
     blank = frame.isna().all(axis=1).to_numpy() & (order >= 0) & (frame.shape[1] > 1)
+    blank |= axis.stamps.isna().to_numpy()
     return Table(schema=schema, numeric=numeric, categorical=categorical, observed=observed,
                  clock=time_features(axis.stamps, schema.cycles), time=median_steps(axis, lengths),
                  order=order, axis=axis, blank=torch.tensor(blank), kinds=kinds, stats=stats,
@@ -233,7 +234,8 @@ def split_counts(n, what, args):
         # edges are rounded, not counts, so that nothing is lost between the parts
         counts = np.diff(np.round(n * np.cumsum([0.0, *share]) + 1e-9)).astype(int)
         for i in np.flatnonzero((counts == 0) & (share > 0)):           # of a few groups none gets nothing
-            counts[counts.argmax()] -= counts.sum() == n
+            if counts.sum() == n:
+                counts[counts.argmax()] -= 1
             counts[i] = 1
     elif (share % 1 > 0).any():
         fail(f"--split {args.split}: fractions must not exceed 1 together")
@@ -259,7 +261,7 @@ def split_rows(lengths, args):
     parts = {"train": [], "val": [], "test": [], "all": ranges}
     if by_time:
         counts = [split_counts(length, "rows", args) for length in lengths.tolist()]
-        seq_len = min([args.seq_len] + [train for train, _, _ in counts])       # so start - T is a row
+        seq_len = min([args.seq_len] + [train for train, _, _ in counts])       # so val may begin T rows early
         for (first, _), (train, val, test) in zip(ranges, counts):
             a, b, c = np.cumsum([first + train, val, test])
             parts["train"].append((first, a))
@@ -309,7 +311,8 @@ def fail(message):
 
 MISSING = ["?", "-", "--", "n.a."]  # markers of a missing cell, beside those that pandas knows
 DATE_WORDS = "|".join([             # 2024-12-31, 2024-12, 31.12.24, 1-Jan-2024, Aug 01, 2016, 20240131, 10:30
-    r"^\d{4}[-/]\d{1,2}(?:[-/]\d|$)", r"^\d{4}\.\d{1,2}\.\d", r"^\d{1,2}[-/. ](?:\d{1,2}|[A-Za-z]{3,9})[-/. ]\d{2,4}", r"^\d{4}-Q\d$",
+    r"^\d{4}[-/]\d{1,2}(?:[-/]\d|$)", r"^\d{4}\.\d{1,2}\.\d", r"^\d{1,2}[-/. ](?:\d{1,2}|[A-Za-z]{3,9})[-/. ]\d{2,4}", r"^\d{4}-[QW]\d+$",
+    r"^\d{1,2}/\d{4}$", r"^(?:19|20)\d{6}T?\d{4}(?:\d\d)?$",
     r"^[A-Za-z]{3,9}\.? (?:\d{1,2},? )?\d{4}", r"^(?:19|20)\d\d(?:0[1-9]|1[0-2])(?:[0-2]\d|3[01])$", r"^\d{1,2}:\d\d"])
 EPOCH = r"^1\d{9}(?:\d{3})?$"         # seconds or milliseconds since 1970; only where the name says time
 NAMED_TIME = r"time|date|stamp|epoch|datum|zeit"
@@ -397,10 +400,12 @@ def infer_kind(column, times, args):
     if pd.api.types.infer_dtype(column, skipna=True) in ("boolean", "categorical"):
         return "categorical"                                # True with holes has dtype object, not bool
     if pd.api.types.is_datetime64_any_dtype(column) or looks_like_time(column):
-        # a date beside a time of day is one time in two columns
-        with_clock = [":" in str(part.dropna().iloc[0]) for part in [column, *times]]
-        joined = len(times) == 1 and sum(with_clock) == 1 and not args.time_col
-        return "time" if joined or not times else "dropped: a second time column"
+        if not times:
+            return "time"
+        # a time of day and a date without one are one time in two columns
+        words = sorted([str(part.dropna().iloc[0]) for part in (column, times[0])], key=lambda word: ":" in word)
+        joined = ":" not in words[0] and re.match(r"\d{1,2}:\d\d", words[1])
+        return "time" if joined and len(times) == 1 and not args.time_col else "dropped: a second time column"
     words = column.dropna()
     if (~np.isnan(read_numbers(words, args))).sum() >= 0.9 * len(words):
         return "numeric"                                    # a "Bad" among numbers is a missing number
@@ -429,8 +434,8 @@ def column_stats(column, x):
     repaired = int((np.isnan(x) & column.notna().to_numpy()).sum())
     seen = x[~np.isnan(x)]
     if len(seen) == 0:
-        return ColumnStats(repaired, *[np.nan] * 4)
-    return ColumnStats(repaired, seen.mean(), seen.std(), seen.min(), seen.max())
+        return ColumnStats(repaired, np.nan, np.nan, np.nan)
+    return ColumnStats(repaired, seen.mean(), seen.min(), seen.max())
 
 
 def labels(column):
@@ -452,9 +457,10 @@ def group_labels(frame, kinds):
 YMD = {"year": "%Y", "month": "%m", "day": "%d", "hour": "%H", "minute": "%M", "second": "%S"}
 DATES = ["%Y-%m-%d", "%Y/%m/%d", "%Y.%m.%d", "%m/%d/%Y", "%d/%m/%Y", "%m-%d-%Y", "%d-%m-%Y", "%d.%m.%Y", "%Y%m%d",
          "%m/%d/%y", "%d/%m/%y", "%d.%m.%y", "%d-%b-%Y", "%d-%b-%y", "%b %d, %Y", "%B %d, %Y", "%d %b %Y",
-         "%d %B %Y", "%Y-%m", "%b %Y", "%B %Y", ""]
+         "%d %B %Y", "%Y-%m", "%m/%Y", "%b %Y", "%B %Y", ""]
 CLOCKS = ["", " %H:%M", " %H:%M:%S", " %H:%M:%S.%f", "T%H:%M", "T%H:%M:%S", "T%H:%M:%S.%f", " %I:%M %p", " %I:%M:%S %p"]
 PATTERNS = [(date + clock).strip() + zone for date, clock, zone in itertools.product(DATES, CLOCKS, ["", "%z"])]
+PATTERNS += ["%Y%m%d%H%M", "%Y%m%d%H%M%S", "%Y%m%dT%H%M%S"]
 # what strftime pads and others do not, and how they write zones: patterns to replace in its text
 MANNERS = [("$^", ""), (r"(?<![\d:.])0(\d)", r"\1"), (r"([+-]\d\d)(\d\d)$", r"\1:\2"), (r"\+0000$", "Z")]
 
@@ -491,7 +497,9 @@ def candidate_patterns(text):
     word = text.dropna().iloc[0]
     if re.fullmatch(EPOCH, word):
         return ["s" if len(word) == 10 else "ms"]
-    return [pattern for pattern in PATTERNS if reads_as(word, pattern)] + ["duration"]
+    if re.fullmatch(r"(?:2[4-9]|[3-9]\d|\d{3,}):\d\d(?::\d\d)?", text.dropna().iloc[-1]):
+        return ["duration"]                                 # it ends beyond 24 hours
+    return [pattern for pattern in PATTERNS if reads_as(word, pattern)]
 
 
 def read_time(frame, kinds, args):
@@ -512,14 +520,22 @@ def read_time(frame, kinds, args):
         choices = [args.time_format.split(" ", len(columns) - 1)]
         choices = [[pattern] for pattern in choices[0]]
     joined = texts[0].str.cat(texts[1:], sep=" ")
-    best, most_even = None, -1.0
+    best, merit = None, (-1.0, 0.0)
     for patterns in itertools.product(*choices):
+        parts = re.findall("%.", " ".join(patterns))
+        if len(set(parts)) < len(parts):                    # two hours make no time
+            continue
         stamps = parse_stamps(joined, " ".join(patterns))
-        if (stamps.isna() == joined.isna()).all():
-            steps = stamps.drop_duplicates().sort_values().diff()
-            evenness = (steps == steps.median()).mean()
-            if evenness > most_even:
-                best, most_even = TimeAxis(columns, list(patterns), stamps), evenness
+        if not (stamps.isna() == joined.isna()).all():      # some do not read so
+            continue
+        steps = stamps.drop_duplicates().sort_values().diff()
+        evenness = ((steps - steps.median()).abs() <= 0.15 * steps.median()).mean()     # months differ
+        rank = (evenness, -steps.sum() / steps.median())    # of two as even the shorter time
+        if rank == merit and not stamps.equals(best.stamps):
+            fail(f"{args.data}: {' '.join(columns)} reads as {best.patterns} and as {list(patterns)}: say which, "
+                 f"--time_format '{' '.join(patterns)}'")
+        if best is None or rank > merit:
+            best, merit = TimeAxis(columns, list(patterns), stamps), rank
     if best is None:
         some = joined.dropna().iloc[[0, -1]].tolist() if joined.notna().any() else "nothing"
         fail(f"{args.data}: {' '.join(columns)!r} does not read as time stamps in one format (such as {some}): "
@@ -538,8 +554,12 @@ def time_step(stamps):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")                 # what it returns is about to change
             offset = pd.infer_freq(stamps.iloc[-12:])
-        if offset is not None:
-            return pd.tseries.frequencies.to_offset(offset)
+        offset = offset and pd.tseries.frequencies.to_offset(offset)
+        if offset and "bh" not in offset.name:              # business hours: whose?
+            return offset
+        days = stamps.diff().median() / pd.Timedelta(days=1)
+        if days > 27 and stamps.dt.day.nunique() == 1:      # the 15th of each month
+            return pd.DateOffset(months=round(days / 30.4))
     return stamps.diff().median()
 
 
@@ -557,7 +577,8 @@ def median_steps(axis, lengths):
     seconds = axis.stamps.ffill()                           # rows without a stamp come last
     if pd.api.types.is_datetime64_any_dtype(seconds):
         seconds = (seconds - seconds.min()).dt.total_seconds()
-    steps = seconds.groupby(np.repeat(np.arange(len(lengths)), lengths)).diff()
+    groups = np.repeat(np.arange(len(lengths)), lengths)
+    steps = seconds.iloc[:len(groups)].groupby(groups).diff()
     step = steps[steps > 0].median()
     if not step > 0 or seconds.isna().any():
         return torch.arange(len(seconds)).double()
@@ -638,7 +659,7 @@ def unlike_groups(table):
     group = torch.arange(len(length)).repeat_interleave(length).numpy()
     unlike = []
     for j, name in enumerate(table.schema.numeric):
-        own = table.numeric[:, j].masked_fill(~table.observed[:, j], np.nan)
+        own = table.numeric[:, j].masked_fill(~table.observed[:, j], np.nan)[:len(group)]
         own = pd.Series(own.numpy()).groupby(group)
         spread = own.max() - own.min()
         if spread[spread > 0].min() < 1e-3 * spread.max():
@@ -669,13 +690,16 @@ def spell(table, name, values, text, args, forecast=False):
     digits = min(15, int(decimals.str.len().quantile(0.95)))    # one 20.400000000000002 is no manner
     if decimals.str.strip("0").eq("").all():
         x = np.round(x)
-    return np.array([f"{value + 0.0:.{digits}f}".replace(".", args.decimal) for value in x], dtype=object)
+    x = np.round(x, digits) + 0.0                               # no -0.0
+    return np.array([f"{value:.{digits}f}".replace(".", args.decimal) for value in x], dtype=object)
 
 
 def stamp_text(stamps, pattern, manner):
     """Stamps, a Series, as a Series of text."""
     if pattern == "number":
-        return stamps.convert_dtypes().astype(str)          # 2020.0 is 2020
+        if pd.api.types.is_float_dtype(stamps):
+            stamps = stamps.round(9).convert_dtypes()       # 2020.0 is 2020, and 20.099999999999998 is 20.1
+        return stamps.astype(str)
     if pattern == "duration":
         return pd.Series("not written", index=stamps.index)
     if pattern in ("s", "ms"):
@@ -1066,13 +1090,14 @@ def add_loop_flags(add, script, max_steps):
 def parse(parser, argv, script):
     """Flags, and the checkpoint to go on from, or None. On --resume its flags become the defaults."""
     args = parser.parse_args(argv)                          # argv None: the command line
+    checkpoint = None
+    if args.resume:
+        checkpoint = load_checkpoint(f"{args.out_dir}/last.pt", script)
+        parser.set_defaults(**{**checkpoint["args"], "out_dir": args.out_dir})         # it may have been moved
+        args = parser.parse_args(argv)                      # a flag given now still wins
     if args.n_embd % (2 * args.n_head):
         fail(f"--n_embd {args.n_embd} must be --n_head {args.n_head} times an even number")
-    if not args.resume:
-        return args, None
-    checkpoint = load_checkpoint(f"{args.out_dir}/last.pt", script)
-    parser.set_defaults(**{**checkpoint["args"], "out_dir": args.out_dir})     # a folder may have been moved
-    return parser.parse_args(argv), checkpoint              # a flag given now still wins
+    return args, checkpoint
 
 
 def load_checkpoint(path, script):
@@ -1130,12 +1155,11 @@ def show(schema, batch):
 
 
 def hole_runs(table):
-    """For each column the number of runs of holes in the train rows, and of holes, two (F,): rows without any
-    value are left out, they are not to be filled."""
+    """For each column the number of runs of holes in the train rows, and of holes, two (F,)."""
     runs, holes = 0, 0
     for start, end in table.segments["train"].tolist():
         hole = ~table.observed[start:end]
-        hole = hole[~hole.all(dim=1)]
+        hole = hole[~table.blank[start:end]]
         begins = hole & ~torch.cat([torch.zeros_like(hole[:1]), hole[:-1]])
         runs = runs + begins.sum(dim=0)
         holes = holes + hole.sum(dim=0)

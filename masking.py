@@ -97,7 +97,7 @@ def create_masks(observed, mask_prob, generator, span=1.0):
 def bert_style_masking(batch, hidden, generator, mask_share=0.8, random_share=0.1):
     """Make 80 % of the hidden cells unknown, give 10 % another value of their column, leave 10 % as they are
     (Devlin 2019, section 3.1). All are scored: a model that cannot tell which of the values it sees are true
-    must judge them all. (The scripts make all unknown unless told otherwise; the README says why.)
+    must judge them all. (The scripts make all unknown unless told otherwise: a real hole is [MASK], too.)
 
     Returns a Batch whose `observed` is what is shown; true or not, it counts as known from here on. The other
     value is that of a known cell of the column in the batch; where there is none, the cell is unknown.
@@ -348,7 +348,7 @@ def create_inputs(batch, causal, closed_form=None):
     # it is on the right, in the future of every real row.
     attend = None
     if not causal and not batch.valid.all():
-        attend = create_attention_mask(batch.valid, causal)
+        attend = create_attention_mask(batch.valid, causal=False)
     return Inputs(numeric=numeric, categorical=torch.where(known_ids, batch.categorical, base_ids),
                   known=batch.observed, base=base, base_ids=base_ids, deviation=deviation,
                   clock=batch.clock, attend=attend)

@@ -174,7 +174,7 @@ class Prediction(NamedTuple):
 
 class TableTransformer(nn.Module):
     """masking.Inputs -> Prediction. The heads correct the base and start at zero: before its first step the model
-    IS linear interpolation (or, causal, repetition of the last row), and training is judged against that."""
+    IS its base (a closed form, a straight line, the last row), and training is judged against that."""
 
     def __init__(self, config, closed_form=None):
         super().__init__()
@@ -345,7 +345,8 @@ def print_shapes():
                 f"{name:<22}{tuple(y.shape)!s:<14}{size:>9,} parameters"))
     hidden = create_masks(batch.observed, 0.3, step_generator(2))
     inputs = create_inputs(batch._replace(observed=batch.observed & ~hidden), causal=False)
-    prediction = model(inputs)
+    with torch.no_grad():
+        prediction = model(inputs)
     print("untrained, the prediction is the base:", torch.equal(prediction.numeric, inputs.base))
     b, t, j = hidden[..., :N].nonzero()[0].tolist()
     truth, guess = float(batch.numeric[b, t, j]), float(prediction.numeric[b, t, j])
@@ -370,7 +371,7 @@ def bench(device="cuda" if torch.cuda.is_available() else "cpu"):
                 prediction.numeric.square().mean().backward()
                 optimizer.step()
                 optimizer.zero_grad()
-                float(prediction.numeric.sum())             # waits for a GPU
+                float(prediction.numeric.detach().sum())    # waits for a GPU
                 times.append(1e3 * (time.perf_counter() - start))
             print(f"T {T}, B {B}, D {D}, {dtype}: {sorted(times)[7]:.1f} ms a step", flush=True)
 

@@ -1021,7 +1021,7 @@ def test_below_the_marker_the_two_scripts_are_one():
 
 
 @pytest.mark.parametrize("name,lines,characters,tokens", [
-    ("data.py", 1240, 48, 13), ("masking.py", 372, 45.5, 13.5), ("model.py", 392, 45.5, 13.5),
+    ("data.py", 1255, 48, 13), ("masking.py", 372, 45.5, 13.5), ("model.py", 392, 45.5, 13.5),
     ("train_mlm.py", 450, 48, 12), ("train_ar.py", 450, 48, 12.5)])
 def test_the_files_stay_small_and_plain(name, lines, characters, tokens):
     """Lines of the file; characters and tokens a line of code, without comments and docstrings."""
@@ -1268,6 +1268,18 @@ def kinds_of_files():
         "day first": (rows("t,x", hours.strftime("%d/%m/%Y %H:%M")), "", "01/01/2018 20:00", None),
         "month first": (rows("t,x", days.strftime("%m/%d/%Y")), "", "05/01/2022", None),
         "months": (rows("month,x", months.strftime("%Y-%m-%d")), "", "2010-01-01", None),
+        "the 15th": (rows("t,x", (months + pd.Timedelta(days=14)).strftime("%Y-%m-%d")), "", "2010-01-15", None),
+        "quarters": (rows("t,x", [f"{t.month}/{t.day}/{t.year}" for t in pd.date_range("1990-01-01", periods=120, freq="QS")]),
+                     "", "1/1/2020", None),
+        "compact": (rows("time,x", hours.strftime("%Y%m%d%H%M")), "", "201801012000", None),
+        "opening hours": (rows("t,x", [t for t in pd.date_range("2024-01-01 00:00", periods=800, freq="h").strftime(
+            "%Y-%m-%d %H:%M") if "10:00" <= t[11:] <= "17:00"][:120]), "", "2024-01-15 18:00", None),
+        "steps of 0.1": (rows("t,x", [f"{i / 10:g}" for i in range(120)]), "--time_col t", "12.0", None),
+        "an installation date": (rows("t,installed,x", hours.strftime("%Y-%m-%d %H:%M,2017-05-01")), "",
+                                 "2018-01-01 20:00,", None),
+        "weeks": (rows("t,x", [f"2024-W{i % 52 + 1:02d}" for i in range(120)]), "", None, "'t' / --time_format"),
+        "one day, either": (rows("t,x", pd.date_range("2024-02-03", periods=120, freq="5min").strftime("%d/%m/%Y %H:%M")),
+                            "", None, "--time_format"),
         "business days": (rows("t,x", workdays.strftime("%Y-%m-%d")), "", "2024-06-17", None),
         "zones": (rows("t,x", hours.strftime("%Y-%m-%dT%H:%M:%SZ")), "", "2018-01-01T20:00:00Z", None),
         "by a flag": (rows("t,x", days.strftime("%y|%d|%m")), "--time_col t --time_format '%y|%d|%m'", "22|01|05", None),
@@ -1341,7 +1353,7 @@ def test_no_cell_that_was_there_changes_and_none_is_written_that_cannot_be(seeds
         there = before != ""
         assert ((after == before) | ~there).all(axis=None)
         values = [names.index(name) for name in ("share", "count", "state")]
-        blank = ~there.any(axis=1)                          # stays blank; all other rows are filled
+        blank = ~there[names.index("t")]                    # stays as it is; all other rows are filled
         assert ((after[values] == "").all(axis=1) == blank).all() and (after[values] == "").any(axis=1).equals(blank)
         train(path, tmp_path / "ar", *few, "--forecast 4 --to", tmp_path / "next.csv", script=train_ar)
         ahead = cells_of(tmp_path / "next.csv")
@@ -1351,6 +1363,27 @@ def test_no_cell_that_was_there_changes_and_none_is_written_that_cannot_be(seeds
             assert state.isin(["on", "off", "naïve, quoted"]).all()
         form = re.sub(r"\d", r"\\d", re.escape(frame["t"].dropna().iloc[0]))
         assert ahead[names.index("t")][1:].str.fullmatch(form).all()
+
+
+def test_rows_without_a_stamp_stay_and_say_nothing(tmp_path, capsys):
+    frame = pd.DataFrame({"t": pd.date_range("2024-01-01", periods=120, freq="h").astype(str), "x": np.arange(120.0)})
+    frame.loc[10, "t"] = np.nan
+    frame.loc[[10, 50], "x"] = np.nan
+    frame.to_csv(tmp_path / "in.csv", index=False)
+    train(tmp_path / "in.csv", tmp_path, "--fill", tmp_path / "filled.csv")
+    filled = pd.read_csv(tmp_path / "filled.csv")
+    assert filled.isna().sum().tolist() == [1, 1] and abs(filled["x"][50] - 50) < 3
+    assert "1 rows" in capsys.readouterr().out
+    train(tmp_path / "in.csv", tmp_path, "--forecast 2 --base last --to", tmp_path / "next.csv", script=train_ar)
+    assert pd.read_csv(tmp_path / "next.csv")["x"].between(115, 125).all()      # from the end, not from row 10
+
+
+def test_runs_of_holes_are_measured_where_they_are_filled():
+    frame = toy(400).drop(columns=["sign"])
+    for start in range(20, 400, 40):
+        frame.loc[start:start + 7, ["wave", "mirror"]] = np.nan                 # outages: a stamp, no values
+    assert 3 < data.default_span(table_of(frame, "--seq_len 64")) < 8
+    assert data.default_span(table_of(toy(400), "--seq_len 64")) < 2
 
 
 def test_absent_rows_are_counted_and_inserted(tmp_path, capsys):

@@ -206,7 +206,7 @@ def write_result(model, table, text, errors, args):
     if len(worse):
         print("straight lines did better on test in", ", ".join(worse))
     if table.blank.any():
-        print(f"{int(table.blank.sum()):,} rows without any value are left as they are")
+        print(f"{int(table.blank.sum()):,} rows without a time or any value are left as they are")
     if not args.regular:
         text = text.iloc[table.order.argsort(kind="stable")]                    # the file's own order
     write_text(args.fill, text, args)
