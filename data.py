@@ -974,12 +974,14 @@ def draw_windows(path, schema, batch, asked, guesses):
     names = schema.numeric
     observed = batch.observed[..., :len(names)]
     asked = asked[..., :len(names)] & observed
+    planes = [(j, names.index(name[:-1] + "y")) for j, name in enumerate(names)
+              if name.endswith("_x") and name[:-1] + "y" in names]
+    if planes:                                              # the rivals would hide the orbits
+        guesses = {"model": guesses["model"]}
     layers = {"seen": (batch.numeric, observed & ~asked), "truth": (batch.numeric, asked)}
     layers.update({method: (numbers, asked) for method, numbers in guesses.items()})
     spread = (batch.numeric[0].amax(dim=0) - batch.numeric[0].amin(dim=0)) * asked[0].any(dim=0)      # (N,)
     panels = [(0, [(None, j)]) for j in spread.argsort(descending=True)[:4].tolist()]
-    planes = [(j, names.index(name[:-1] + "y")) for j, name in enumerate(names)
-              if name.endswith("_x") and name[:-1] + "y" in names]
     if planes:
         panels = [(b, planes) for b in range(len(asked))]
         figure, axes = new_figure(path, 1, len(panels), (9, 3.2))
