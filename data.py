@@ -555,7 +555,7 @@ def time_step(stamps):
             warnings.simplefilter("ignore")                 # what it returns is about to change
             offset = pd.infer_freq(stamps.iloc[-12:])
         offset = offset and pd.tseries.frequencies.to_offset(offset)
-        if offset and "bh" not in offset.name:              # business hours: whose?
+        if offset and "BH" not in offset.rule_code.upper():             # business hours: whose?
             return offset
         days = stamps.diff().median() / pd.Timedelta(days=1)
         if days > 27 and stamps.dt.day.nunique() == 1:      # the 15th of each month
