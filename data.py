@@ -125,8 +125,8 @@ class Table:
 
 
 def load_table(args, frame=None, schema=None):
-    """args: the flags of `make_parser`; frame: a DataFrame to use instead of args.data; schema: of a checkpoint,
-    and then nothing is learned from this file. Returns a Table."""
+    """args: the flags of `make_parser`; frame: a DataFrame to use instead of args.data; schema: of a
+    checkpoint, and then nothing is learned from this file. Returns a Table."""
     if frame is None:
         frame = read_frame(args)
     frame = frame.reset_index(drop=True)                    # rows are known by their number alone
@@ -163,8 +163,8 @@ def load_table(args, frame=None, schema=None):
 
 
 def encode(frame, schema, args):
-    """DataFrame -> numeric (rows, N), categorical (rows, K), observed (rows, F), and {numeric column: ColumnStats}.
-    From here on no cell is NaN."""
+    """DataFrame -> numeric (rows, N), categorical (rows, K), observed (rows, F), and {numeric column:
+    ColumnStats}. From here on no cell is NaN."""
     N, K = len(schema.numeric), len(schema.categorical)
     numeric = np.zeros((len(frame), N), np.float32)
     categorical = np.zeros((len(frame), K), np.int32)
@@ -252,8 +252,8 @@ def split_counts(n, what, args):
 def split_rows(lengths, args):
     """T, the segments of Table, and whether time is split. lengths: rows of each group, in row order.
 
-    One or two sequences are split by time, each. As the ETTh1 protocol has it (Zhou 2021), a val or test window may
-    begin up to T rows before its part. More groups are split by group, shuffled with a fixed seed.
+    One or two sequences are split by time, each. As the ETTh1 protocol has it (Zhou 2021), a val or test
+    window may begin up to T rows before its part. More groups are split by group, shuffled with a fixed seed.
     """
     ends = np.cumsum(lengths)
     ranges = np.stack([ends - lengths, ends], axis=1)                           # (groups, 2)
@@ -280,8 +280,8 @@ def split_rows(lengths, args):
 
 
 def time_features(stamps, cycles):
-    """Time stamps -> clock (rows, 2 * cycles) float32: sin and cos of the place in each cycle. An angle has no
-    midnight at which it jumps, as hours from 0 to 23 do."""
+    """Time stamps -> clock (rows, 2 * cycles) float32: sin and cos of the place in each cycle. An angle has
+    no midnight at which it jumps, as hours from 0 to 23 do."""
     clock = np.zeros((len(stamps), 2 * len(cycles)), np.float32)
     for i, cycle in enumerate(cycles):
         midnight = pd.Timestamp("2000-01-01", tz=stamps.dt.tz)
@@ -292,8 +292,9 @@ def time_features(stamps, cycles):
 
 
 def step_generator(*key):
-    """A CPU generator seeded by a key such as (seed, step, rank). All that is random in a step comes from one of
-    these, so that resuming needs no saved state. SeedSequence hashes: neighbours have nothing in common."""
+    """A CPU generator seeded by a key such as (seed, step, rank). All that is random in a step comes from one
+    of these, so that resuming needs no saved state. SeedSequence hashes: neighbours have nothing in
+    common."""
     seed = np.random.SeedSequence((len(key), *key)).generate_state(1)[0]
     return torch.Generator().manual_seed(int(seed))
 
@@ -493,7 +494,8 @@ def reads_as(word, pattern):
 
 
 def candidate_patterns(text):
-    """The patterns by which the first of these words reads; which of them serve is for all the others to say."""
+    """The patterns by which the first of these words reads; which of them serve is for all the others to
+    say."""
     word = text.dropna().iloc[0]
     if re.fullmatch(EPOCH, word):
         return ["s" if len(word) == 10 else "ms"]
@@ -503,8 +505,8 @@ def candidate_patterns(text):
 
 
 def read_time(frame, kinds, args):
-    """The TimeAxis of a frame. Of several patterns that fit, such as day-first and month-first, the one that makes
-    the steps most even; none that fits is refused."""
+    """The TimeAxis of a frame. Of several patterns that fit, such as day-first and month-first, the one that
+    makes the steps most even; none that fits is refused."""
     columns = args.time_col or [name for name in kinds if kinds[name] == "time"]
     if not columns:
         return TimeAxis([], [], pd.Series(np.arange(len(frame)), index=frame.index))
@@ -668,8 +670,9 @@ def unlike_groups(table):
 
 
 def spell(table, name, values, text, args, forecast=False):
-    """Scaled values or ids, (n,), as n texts in the manner of their column: with as many decimals, within what it
-    has been (a forecast: not below 0 where it never is), whole where it is whole; categories as it spells them."""
+    """Scaled values or ids, (n,), as n texts in the manner of their column: with as many decimals, within
+    what it has been (a forecast: not below 0 where it never is), whole where it is whole; categories as it
+    spells them."""
     schema = table.schema
     names = schema.numeric + schema.categorical
     seen = table.observed[:, names.index(name)].numpy()
@@ -724,8 +727,8 @@ def spell_stamps(table, stamps, text, args):
 
 
 def next_rows(table, text, steps, args):
-    """The rows that come next, `steps` for each sequence: a DataFrame of text in which only the time and the group
-    are filled in, and the clock, (sequences, steps, C)."""
+    """The rows that come next, `steps` for each sequence: a DataFrame of text in which only the time and the
+    group are filled in, and the clock, (sequences, steps, C)."""
     stamps = []
     lasts = []
     for start, end in table.segments["all"].tolist():
@@ -748,7 +751,8 @@ def next_rows(table, text, steps, args):
 
 
 def write_text(path, text, args):
-    """A DataFrame of text, with the file's own header, separator and encoding, and its row names, if it has some."""
+    """A DataFrame of text, with the file's own header, separator and encoding, and its row names, if it has
+    some."""
     options = {"index": False}
     if not (args.data in SIMULATIONS or args.data.endswith(".parquet")):
         # pandas renames columns that are called alike or not at all
@@ -763,9 +767,10 @@ def write_text(path, text, args):
 # two simulated tables, and a tiny one
 
 def simulate_sensors(n_rows=40_000, seed=0):
-    """A pump station at one reading a second, with what real exports have: holes in runs, single dropouts, a frozen
-    sensor, a constant and an empty column, spikes, a sentinel, a category that appears late. The pump affinity laws
-    (flow ~ speed, head ~ speed^2, power ~ speed^3), first-order lags for heat, Markov switching between modes."""
+    """A pump station at one reading a second, with what real exports have: holes in runs, single dropouts, a
+    frozen sensor, a constant and an empty column, spikes, a sentinel, a category that appears late. The pump
+    affinity laws (flow ~ speed, head ~ speed^2, power ~ speed^3), first-order lags for heat, Markov switching
+    between modes."""
     rng = np.random.default_rng(seed)
     t = np.arange(n_rows)
 
@@ -832,9 +837,10 @@ def spoil(frame, rng):
 
 
 def simulate_planets(n_systems=3000, seed=0):
-    """Two to five planets on Kepler's ellipses round a star, one sequence of 30 to 59 rows a system, each with a
-    step size of its own. x, y: place; m (1e-5 stars), a, e (times 20): mass, semi-major axis and eccentricity,
-    missing where there is no such planet. acceleration_x (_y) says whether the planets' x (y) add up to more than 0."""
+    """Two to five planets on Kepler's ellipses round a star, one sequence of 30 to 59 rows a system, each
+    with a step size of its own. x, y: place; m (1e-5 stars), a, e (times 20): mass, semi-major axis and
+    eccentricity, missing where there is no such planet. acceleration_x (_y) says whether the planets' x (y)
+    add up to more than 0."""
     rng = np.random.default_rng(seed)
     n = n_systems
     rows = rng.integers(30, 60, n)
@@ -900,8 +906,8 @@ def add_errors(lines, kind, case, schema, targets, answers):
 
 
 def mean_errors(errors, columns, measure, by):
-    """A line a method: the mean of a measure over the scored cells of these columns, for each value of `by`; NaN
-    where nothing was scored."""
+    """A line a method: the mean of a measure over the scored cells of these columns, for each value of `by`;
+    NaN where nothing was scored."""
     chosen = errors[errors["column"].isin(columns)]
     sums = chosen.groupby(["method", by])[[measure, "count"]].sum()
     means = (sums[measure] / sums["count"]).unstack(by)
@@ -969,8 +975,9 @@ def draw_lines(path, frame, xlabel, ylabel):
 
 
 def draw_windows(path, schema, batch, asked, guesses):
-    """Windows of a Batch: what was seen, what was asked, (B, T, F) bool, and {method: guesses (B, T, N)}, in own
-    units. Columns called _x and _y are drawn in the plane, else the four of window 0 that move most, over rows."""
+    """Windows of a Batch: what was seen, what was asked, (B, T, F) bool, and {method: guesses (B, T, N)}, in
+    own units. Columns called _x and _y are drawn in the plane, else the four of window 0 that move most, over
+    rows."""
     names = schema.numeric
     observed = batch.observed[..., :len(names)]
     asked = asked[..., :len(names)] & observed
@@ -1134,8 +1141,8 @@ def pick_device(args):
 
 
 def tiny_batch():
-    """The tiny table as a Table whose rows are all train rows, and its two sequences as one Batch: what this file,
-    masking.py and model.py print when run by themselves."""
+    """The tiny table as a Table whose rows are all train rows, and its two sequences as one Batch: what this
+    file, masking.py and model.py print when run by themselves."""
     args = make_parser(None, "data", "the tiny table").parse_args(["--group_col", "room", "--seq_len", "2"])
     args.split = [2, 1, 1]
     table = load_table(args, tiny_table())
@@ -1178,7 +1185,8 @@ def default_span(table):
 
 
 def far_value(x, stats):
-    """The smallest or largest value of a column, if it comes again and again, far from all others; else None."""
+    """The smallest or largest value of a column, if it comes again and again, far from all others; else
+    None."""
     for sign, value in ((1, stats.min), (-1, stats.max)):
         x = np.sort(sign * x)
         others = x[x > x[0] + 1e-6]

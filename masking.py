@@ -78,10 +78,9 @@ def create_masks(observed, mask_prob, generator, span=1.0):
     """Choose the cells to hide. Returns `hidden` (B, T, F) bool, True = taken away.
 
     observed (B, T, F) bool: no other cell is ever hidden. mask_prob: the share to hide; span: mean rows of a
-    hidden run, for real holes come in runs (Zerveas 2021, section 3.3); each a float, or (B, 1, 1) for a value
-    a window. Hidden or not, each column is a chain of two states. Single cells are such a chain as well: runs
-    of 1 / (1 - mask_prob) rows are what independent cells make, and shorter there are none.
-    """
+    hidden run, for real holes come in runs (Zerveas 2021, section 3.3); each a float, or (B, 1, 1) for a
+    value a window. Hidden or not, each column is a chain of two states. Single cells are such a chain as
+    well: runs of 1 / (1 - mask_prob) rows are what independent cells make, and shorter there are none. """
     p = torch.as_tensor(mask_prob)
     length = torch.maximum(torch.as_tensor(span), 1 / (1 - p))
     stay = 1 - 1 / length                       # a hidden cell is followed by another
@@ -135,9 +134,9 @@ def mix_up(batch, most, generator):
 
 
 def jitter(batch, share, generator):
-    """The Batch with each number off by a normal deviate times `share` times its step from the last known one.
-    A roll-out goes on from its own slightly wrong rows, so training should have met some (Sanchez-Gonzalez
-    2020). A global amount would be nothing to one column and much to the next."""
+    """The Batch with each number off by a normal deviate times `share` times its step from the last known
+    one. A roll-out goes on from its own slightly wrong rows, so training should have met some
+    (Sanchez-Gonzalez 2020). A global amount would be nothing to one column and much to the next."""
     known = batch.observed[..., :batch.numeric.shape[-1]]                       # (B, T, N)
     step = last_known(batch.numeric, known).diff(dim=1)                         # (B, T - 1, N)
     step = step * (last_true(known)[:, :-1] >= 0)                               # none before the first
@@ -157,8 +156,8 @@ def get_mask_probability(step, total_steps, start, end):
 # what the model starts from
 
 def neighbours(known):
-    """The rows of the nearest known cells of the column, at or before each cell and at or after it, two (B, T, N)
-    int64. Where one side has none it equals the other; where neither has, both are -1."""
+    """The rows of the nearest known cells of the column, at or before each cell and at or after it, two (B,
+    T, N) int64. Where one side has none it equals the other; where neither has, both are -1."""
     T = known.shape[1]
     before = last_true(known)
     after = T - 1 - last_true(known.flip(1)).flip(1)                            # T where there is none
@@ -168,8 +167,8 @@ def neighbours(known):
 
 
 def interpolate(numeric, known, time):
-    """A straight line in time between the nearest known cells, held at the window's ends; where none is known 0,
-    the centre of the train rows. numeric and known (B, T, N), time (B, T) -> (B, T, N)."""
+    """A straight line in time between the nearest known cells, held at the window's ends; where none is known
+    0, the centre of the train rows. numeric and known (B, T, N), time (B, T) -> (B, T, N)."""
     before, after = neighbours(known)
     left = numeric.gather(1, before.clamp(min=0))                               # (B, T, N)
     right = numeric.gather(1, after.clamp(min=0))
@@ -181,8 +180,8 @@ def interpolate(numeric, known, time):
 
 
 def nearest_category(categorical, known, time):
-    """Between two ids lies nothing: the one nearest in time, (B, T, K), of two as near the earlier; 0 where none
-    is known."""
+    """Between two ids lies nothing: the one nearest in time, (B, T, K), of two as near the earlier; 0 where
+    none is known."""
     before, after = neighbours(known)
     time = time[..., None].expand_as(categorical)
     since = time - time.gather(1, before.clamp(min=0))
@@ -213,12 +212,11 @@ def train_sequences(table):
 
 
 def lag_covariance(sequences, T, own, level):
-    """How the cells of a window of T rows vary together, (T*N, T*N) float64. sequences: train rows without holes,
-    each (rows, N). Only the distance of two rows counts, so all windows teach the same few numbers.
+    """How the cells of a window of T rows vary together, (T*N, T*N) float64. sequences: train rows without
+    holes, each (rows, N). Only the distance of two rows counts, so all windows teach the same few numbers.
 
-    own: variance that each cell has to itself; level: that of a column's level in a window, beyond what the train
-    rows show, so that a level never met is believed.
-    """
+    own: variance that each cell has to itself; level: that of a column's level in a window, beyond what the
+    train rows show, so that a level never met is believed. """
     # zeros between the sequences: no row meets one of another sequence
     z = torch.cat([F.pad(x.double(), (0, 0, 0, T)) for x in sequences])
     count = sum(len(x) for x in sequences)
@@ -234,7 +232,8 @@ def lag_covariance(sequences, T, own, level):
 
 
 def fit_gaussian(sequences, T):
-    """The precision, the inverse of that covariance, (T*N, T*N) float32; zero for columns that do not move."""
+    """The precision, the inverse of that covariance, (T*N, T*N) float32; zero for columns that do not
+    move."""
     precision = lag_covariance(sequences, T, own=1e-3, level=1.0).inverse().float()
     moves = torch.cat(sequences).var(dim=0) > 1e-6                              # (N,)
     moves = moves.repeat(T)
@@ -242,8 +241,8 @@ def fit_gaussian(sequences, T):
 
 
 def fill_window(cells, deviation, unknown, precision):
-    """Set the unknown ones of the cells of a window (T*N,) and their deviation, in place. With precision Q the unknown
-    cells u solve Q_uu x_u = -Q_uk x_k."""
+    """Set the unknown ones of the cells of a window (T*N,) and their deviation, in place. With precision Q
+    the unknown cells u solve Q_uu x_u = -Q_uk x_k."""
     u = unknown.nonzero()[:, 0]                                                 # (U,)
     Q = precision[u]                                                            # (U, T*N)
     L = torch.linalg.cholesky(Q[:, u])
@@ -252,12 +251,11 @@ def fill_window(cells, deviation, unknown, precision):
 
 
 def gaussian_fill(line, known, precision):
-    """The mean of the unknown cells given the known ones, and its standard deviation, two (B, T, N), if the rows
-    are Gaussian. line (B, T, N): the values where known (B, T, N), interpolated elsewhere.
+    """The mean of the unknown cells given the known ones, and its standard deviation, two (B, T, N), if the
+    rows are Gaussian. line (B, T, N): the values where known (B, T, N), interpolated elsewhere.
 
-    Out of reach (a spike, a level never met) and in columns that do not move the line stays, with deviation 0,
-    and nothing is concluded from it.
-    """
+    Out of reach (a spike, a level never met) and in columns that do not move the line stays, with deviation
+    0, and nothing is concluded from it. """
     moves = precision.diagonal() > 0                                            # (T*N,)
     reached = (line.abs() < REACH).flatten(1) & moves                           # (B, T*N)
     given = known.flatten(1) & reached
@@ -275,25 +273,24 @@ def gaussian_fill(line, known, precision):
 
 
 def fit_autoregression(sequences, T):
-    """(T*N, T*N) float32: each step from a row to the next as the mean given all steps before it in the window.
-    Steps, not values: so it goes on from any level.
+    """(T*N, T*N) float32: each step from a row to the next as the mean given all steps before it in the
+    window. Steps, not values: so it goes on from any level.
 
-    S = L L^T, and L^-1 x is what is new in each step; a step less its own news is its mean.
-    """
+    S = L L^T, and L^-1 x is what is new in each step; a step less its own news is its mean. """
     steps = [x.diff(dim=0) for x in sequences]
     unit = torch.cat(steps).square().mean(dim=0).sqrt().clamp(min=1e-6)         # (N,)
     L = torch.linalg.cholesky(lag_covariance([x / unit for x in steps], T, own=0.03, level=0.0))
     N = len(unit)
     own = torch.block_diag(*[L[i:i + N, i:i + N] for i in range(0, T * N, N)])
     regression = torch.eye(T * N) - own @ L.inverse()                           # of steps in that unit
-    earlier = torch.ones(T, T).tril(-1).kron(torch.ones(N, N))                  # exactly, not but for rounding
+    earlier = torch.ones(T, T).tril(-1).kron(torch.ones(N, N))  # not but for rounding
     unit = unit.repeat(T)
     return (regression * earlier * unit[:, None] / unit).float()
 
 
 def autoregress(last, regression):
     """For each row the row after it, (B, T, N): last (B, T, N) are the last known values."""
-    steps = F.pad(last.diff(dim=1), (0, 0, 0, 1)).flatten(1)                    # the last is not known, nor used
+    steps = F.pad(last.diff(dim=1), (0, 0, 0, 1)).flatten(1)        # the last is not used
     n = steps.shape[1]
     return last + (steps @ regression[:n, :n].T).view_as(last)
 
@@ -302,8 +299,8 @@ def autoregress(last, regression):
 # who may look
 
 def padding_mask(valid):
-    """valid (B, T) bool, True = a real row -> (B, 1, 1, T) bool, True = this key may be looked at. Only KEYS are
-    masked: a query that may look at nothing takes the softmax of -inf alone, which is NaN."""
+    """valid (B, T) bool, True = a real row -> (B, 1, 1, T) bool, True = this key may be looked at. Only KEYS
+    are masked: a query that may look at nothing takes the softmax of -inf alone, which is NaN."""
     return valid[:, None, None, :]
 
 
@@ -326,8 +323,8 @@ def create_attention_mask(valid, causal):
 
 
 def create_inputs(batch, causal, closed_form=None):
-    """data.Batch, whose `observed` (B, T, F) is what is known, -> Inputs. closed_form: the matrix of fit_gaussian,
-    causal of fit_autoregression, for a better base than the straight line or the last value."""
+    """data.Batch, whose `observed` (B, T, F) is what is known, -> Inputs. closed_form: the matrix of
+    fit_gaussian, causal of fit_autoregression, for a better base than the straight line or the last value."""
     N = batch.numeric.shape[-1]
     known_numbers = batch.observed[..., :N]
     known_ids = batch.observed[..., N:]

@@ -56,16 +56,17 @@ class Config:
 # the transformer
 
 def apply_rotary(x, rotary):
-    """Turn pairs of channels of q or k (B, nh, T, hs) by an angle that grows with the row (Su 2021): in a product
-    of the two only the difference of their angles is left, the distance of their rows."""
+    """Turn pairs of channels of q or k (B, nh, T, hs) by an angle that grows with the row (Su 2021): in a
+    product of the two only the difference of their angles is left, the distance of their rows."""
     pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))             # (B, nh, T, hs/2)
     turned = torch.view_as_real(pairs * rotary)                                 # (B, nh, T, hs/2, 2)
     return turned.flatten(-2).type_as(x)                                        # x may be bfloat16
 
 
 def plain_attention(q, k, v, attend=None):
-    """softmax(q k^T / sqrt(hs)) v (Vaswani 2017): each row takes the mean of all values (B, nh, T, hs), weighted
-    by how well its query fits their keys. torch's fused kernel, used below, is tested against this."""
+    """softmax(q k^T / sqrt(hs)) v (Vaswani 2017): each row takes the mean of all values (B, nh, T, hs),
+    weighted by how well its query fits their keys. torch's fused kernel, used below, is tested against
+    this."""
     weight = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])                   # (B, nh, T, T)
     if attend is not None:
         weight = weight.masked_fill(~attend, float("-inf"))
@@ -128,9 +129,9 @@ class Block(nn.Module):
 
 
 class RowEmbedding(nn.Module):
-    """A row is the sum of its cells and its clock. A number is its value times a vector of its column, plus its
-    step from the row before times another; a category is the vector of its id. Where nothing is known the base
-    stands in, and the [MASK] vector of the column says so."""
+    """A row is the sum of its cells and its clock. A number is its value times a vector of its column, plus
+    its step from the row before times another; a category is the vector of its id. Where nothing is known the
+    base stands in, and the [MASK] vector of the column says so."""
 
     def __init__(self, config):
         super().__init__()
@@ -151,9 +152,9 @@ class RowEmbedding(nn.Module):
 
 
 def window_scale(numeric, known):
-    """Level and spread of each column in each window, from known cells alone (Kim 2022), two (B, 1, N). The spread
-    counts one cell more than there are, at distance 1, the spread of the train rows: a constant window is not
-    blown up, and one without known cells gets 0 and 1."""
+    """Level and spread of each column in each window, from known cells alone (Kim 2022), two (B, 1, N). The
+    spread counts one cell more than there are, at distance 1, the spread of the train rows: a constant window
+    is not blown up, and one without known cells gets 0 and 1."""
     count = known.sum(dim=1, keepdim=True)                                      # (B, 1, N)
     center = torch.where(known, numeric, 0.0).sum(dim=1, keepdim=True) / count.clamp(min=1)
     square = torch.where(known, numeric - center, 0.0).square()                 # (B, T, N)
@@ -173,8 +174,8 @@ class Prediction(NamedTuple):
 
 
 class TableTransformer(nn.Module):
-    """masking.Inputs -> Prediction. The heads correct the base and start at zero: before its first step the model
-    IS its base (a closed form, a straight line, the last row), and training is judged against that."""
+    """masking.Inputs -> Prediction. The heads correct the base and start at zero: before its first step the
+    model IS its base (a closed form, a straight line, the last row), and training is judged against that."""
 
     def __init__(self, config, closed_form=None):
         super().__init__()
@@ -235,7 +236,8 @@ class TableTransformer(nn.Module):
 
     @torch.no_grad()
     def predict(self, batch):
-        """data.Batch, `observed` = what is known -> numbers (B, T, N) and likeliest ids (B, T, K), on the CPU."""
+        """data.Batch, `observed` = what is known -> numbers (B, T, N) and likeliest ids (B, T, K), on the
+        CPU."""
         inputs = create_inputs(batch, self.config.causal, self.base_form())
         prediction = self(move(inputs, self.rotary.device))
         return prediction.numeric.cpu(), prediction.ids().cpu()
@@ -243,9 +245,9 @@ class TableTransformer(nn.Module):
     def rollout(self, batch, clock, predict=None):
         """Say what comes next, append it, and go on from there, looking at the last T rows at most.
 
-        batch: histories of equal length; clock (B, steps, C): of the rows to come; predict: Batch -> (numbers,
-        ids), else the model's. Returns the Batch of the rows to come. A column without any value gets none.
-        """
+        batch: histories of equal length; clock (B, steps, C): of the rows to come; predict: Batch ->
+        (numbers, ids), else the model's. Returns the Batch of the rows to come. A column without any value
+        gets none. """
         predict = predict or self.predict
         N = batch.numeric.shape[-1]
         ever = batch.observed.any(dim=1, keepdim=True)                          # (B, 1, F)
@@ -271,9 +273,9 @@ def count_scored(targets):
 def sum_losses(prediction, targets, base_rmse, loss="mse"):
     """Sums over scored cells, (2,) float32: squared or Huber errors of numbers, cross-entropy of categories.
 
-    base_rmse (N,): the base's own error in each column; in these units a calm column weighs as much as a wild one.
-    Sums, so that the caller divides once, by the count of a whole step clamped to 1: the mean of no cells is 0/0.
-    """
+    base_rmse (N,): the base's own error in each column; in these units a calm column weighs as much as a wild
+    one. Sums, so that the caller divides once, by the count of a whole step clamped to 1: the mean of no
+    cells is 0/0. """
     N = targets.numeric.shape[-1]
     measure = {"mse": F.mse_loss, "huber": F.huber_loss}[loss]
     error = measure(prediction.numeric / base_rmse, targets.numeric / base_rmse, reduction="none")
@@ -290,8 +292,9 @@ def sum_losses(prediction, targets, base_rmse, loss="mse"):
 # ---- the rest can be skipped at first reading
 
 def explain_non_finite(model, examples, windows, names):
-    """Where a non-finite gradient may come from, in lines. examples: (shown, Inputs, Targets) of each forward pass of
-    the step; windows: the rows that each was cut from, as in Table.sample; names: of the numeric columns."""
+    """Where a non-finite gradient may come from, in lines. examples: (shown, Inputs, Targets) of each forward
+    pass of the step; windows: the rows that each was cut from, as in Table.sample; names: of the numeric
+    columns."""
     for (_, inputs, _), rows in zip(examples, windows):
         known = torch.where(inputs.known[..., :len(names)], inputs.numeric, 0.0)                # (B, T, N)
         size = torch.where(known.isfinite(), known.abs(), math.inf)
@@ -318,8 +321,8 @@ def over_heads(q, k, v, *options, attend=F.scaled_dot_product_attention):
 
 
 def find_leaks(causal, attention=F.scaled_dot_product_attention, T=12, N=3):
-    """(T, T) bool, True = the output row (line) depends on the input row (column), by autograd through base and
-    model, every fourth cell hidden. AssertionError if the truth under a hidden cell reaches an output."""
+    """(T, T) bool, True = the output row (line) depends on the input row (column), by autograd through base
+    and model, every fourth cell hidden. AssertionError if the truth under a hidden cell reaches an output."""
     torch.manual_seed(0)
     model = TableTransformer(Config(N, [], seq_len=T, n_embd=32, causal=causal))
     nn.init.normal_(model.numeric_head.weight)              # a head of zeros would hide the network

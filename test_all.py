@@ -1021,7 +1021,7 @@ def test_below_the_marker_the_two_scripts_are_one():
 
 
 @pytest.mark.parametrize("name,lines,characters,tokens", [
-    ("data.py", 1260, 48, 13), ("masking.py", 372, 45.5, 13.5), ("model.py", 392, 45.5, 13.5),
+    ("data.py", 1270, 48, 13), ("masking.py", 372, 45.5, 13.5), ("model.py", 396, 45.5, 13.5),
     ("train_mlm.py", 450, 48, 12), ("train_ar.py", 450, 48, 12.5)])
 def test_the_files_stay_small_and_plain(name, lines, characters, tokens):
     """Lines of the file; characters and tokens a line of code, without comments and docstrings."""

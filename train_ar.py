@@ -66,10 +66,10 @@ def get_parser():
 # THE OBJECTIVE: say what comes next
 
 def objective(batch, args, generator, step=None, case=None):
-    """data.Batch -> what is shown of it, a Batch whose `observed` is what is known, and what is asked, Targets.
+    """data.Batch -> what is shown of it, a Batch whose `observed` is what is known, and what is asked,
+    Targets.
 
-    Every row is asked for the row after it. In training, without `case`, what is seen is slightly off.
-    """
+    Every row is asked for the row after it. In training, without `case`, what is seen is slightly off. """
     if case is None and args.mixup:
         batch = mix_up(batch, args.mixup, generator)
     shown = batch
@@ -115,8 +115,8 @@ def baselines(shown, args, closed_form=None):
 # what is done with the result
 
 def rollout_windows(table, args):
-    """Windows of the test split that hold the rows given and the rows asked for, as in Table.starts. Where time
-    is split the given ones may lie before the test rows; what is asked never does."""
+    """Windows of the test split that hold the rows given and the rows asked for, as in Table.starts. Where
+    time is split the given ones may lie before the test rows; what is asked never does."""
     windows = table.starts("test", args.eval_stride or max(1, table.seq_len // 4))
     if table.split_by_time:                                 # then the split begins seq_len rows early
         windows = windows + torch.tensor([table.seq_len - args.given, 0])
@@ -226,7 +226,8 @@ def get_lr(step, args):
 
 
 def make_example(model, batch, args, generator, step=None, case=None):
-    """data.Batch -> what is shown of it, Batch; what the model sees of that, Inputs; what is asked, Targets."""
+    """data.Batch -> what is shown of it, Batch; what the model sees of that, Inputs; what is asked,
+    Targets."""
     shown, targets = objective(batch, args, generator, step, case)
     inputs = create_inputs(shown, CAUSAL, model.base_form())
     return shown, inputs, within_clip(targets, inputs.base, args.clip)

@@ -74,8 +74,8 @@ def get_parser():
 # THE OBJECTIVE: fill in the blanks
 
 def draw_case(n_windows, step, args, generator):
-    """The rate and the span of hiding that each training window has of its own, (B, 1, 1) each: real tables have
-    few holes here and many there, short and long ones, and one model is to fill them all."""
+    """The rate and the span of hiding that each training window has of its own, (B, 1, 1) each: real tables
+    have few holes here and many there, short and long ones, and one model is to fill them all."""
     start = args.mask_prob_start or args.mask_prob
     rate = get_mask_probability(step, args.max_steps, start, args.mask_prob)
     u = torch.rand(2, n_windows, 1, 1, generator=generator)
@@ -84,8 +84,8 @@ def draw_case(n_windows, step, args, generator):
 
 
 def objective(batch, args, generator, step=None, case=None):
-    """data.Batch -> what is shown of it, a Batch whose `observed` is what is known, and what is asked, Targets.
-    Training gives `step`, evaluation a `case`, the rate and the span of what it hides."""
+    """data.Batch -> what is shown of it, a Batch whose `observed` is what is known, and what is asked,
+    Targets. Training gives `step`, evaluation a `case`, the rate and the span of what it hides."""
     training = case is None
     if training and args.mixup:
         batch = mix_up(batch, args.mixup, generator)
@@ -136,8 +136,8 @@ def baselines(shown, args, closed_form=None):
 # what is done with the result
 
 def prepare(table, args):
-    """What no flag can know alone, and what must not go wrong after minutes of training. Returns the text of the
-    file that is to be filled, or None."""
+    """What no flag can know alone, and what must not go wrong after minutes of training. Returns the text of
+    the file that is to be filled, or None."""
     if args.mask_share + args.random_share > 1:
         fail(f"--mask_share {args.mask_share} and --random_share {args.random_share} exceed 1 together")
     if args.mask_span is None:
@@ -227,7 +227,8 @@ def get_lr(step, args):
 
 
 def make_example(model, batch, args, generator, step=None, case=None):
-    """data.Batch -> what is shown of it, Batch; what the model sees of that, Inputs; what is asked, Targets."""
+    """data.Batch -> what is shown of it, Batch; what the model sees of that, Inputs; what is asked,
+    Targets."""
     shown, targets = objective(batch, args, generator, step, case)
     inputs = create_inputs(shown, CAUSAL, model.base_form())
     return shown, inputs, within_clip(targets, inputs.base, args.clip)
