@@ -9,18 +9,17 @@ says so. Everything downstream relies on that one promise. The words (B, T, N, K
 defined at the top of model.py.
 """
 import argparse
-import itertools
 import os
 import re
 import sys
 import warnings
 from dataclasses import dataclass
-from datetime import datetime
 from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 import torch
+from pandas.tseries.api import guess_datetime_format
 
 SENTINEL = 1e30                     # files write "no reading" as -1.18e42; nothing we measure is that big
 MAX_CATEGORIES = 1000               # a text column with more distinct values than this is an identifier
@@ -50,19 +49,12 @@ class Schema:
     center: list                # N, in original units
     scale: list                 # N, in original units, never 0
     vocabulary: list            # K lists of labels, the commonest first; label i has id i + 2
+    learnt: list                # F bools, True = the train rows have a value of this column
     cycles: list                # C / 2 names out of CYCLES
 
     def vocab_sizes(self):
         """V_k of each categorical column; one without a label is guessed as id 2."""
         return [2 + max(1, len(labels)) for labels in self.vocabulary]
-
-
-class ColumnStats(NamedTuple):
-    """Of the observed values of a numeric column, in original units."""
-    repaired: int               # cells that are there and no number: words, infinities, sentinels
-    mean: float
-    min: float
-    max: float
 
 
 @dataclass
@@ -74,10 +66,9 @@ class Table:
     observed: torch.Tensor      # (rows, F) bool
     clock: torch.Tensor         # (rows, C) float32
     time: torch.Tensor          # (rows,) float64, in median steps
-    order: np.ndarray           # (rows,) which row of the file each was, -1 = inserted by --regular
+    order: np.ndarray           # (rows,) which row of the file each was; beyond its end: of --regular
     axis: "TimeAxis"            # its time stamps, and how the file writes them
     kinds: dict                 # column of the file -> what it was taken for
-    stats: dict                 # numeric column -> ColumnStats
     seq_len: int                # T
     blank: torch.Tensor         # (rows,) bool, True = a row without a time or any value, which stays as it is
     segments: dict              # split -> (S, 2) int64, [start, end) rows of S sequences that may be read;
@@ -118,11 +109,6 @@ class Table:
                      clock=self.clock[rows] * real,
                      time=(time - time[:, :1]).float())
 
-    def learnt(self):
-        """(F,) bool, True = the column has a value in the train rows, so the model has met it."""
-        seen = [self.observed[start:end].any(dim=0) for start, end in self.segments["train"].tolist()]
-        return torch.stack(seen).any(dim=0)
-
 
 def load_table(args, frame=None, schema=None):
     """args: the flags of `make_parser`; frame: a DataFrame to use instead of args.data; schema: of a
@@ -133,156 +119,91 @@ def load_table(args, frame=None, schema=None):
     kinds = infer_kinds(frame, args)
     axis = read_time(frame, kinds, args)
     group = group_labels(frame, kinds)
+    blank = axis.stamps.isna()
+    if frame.shape[1] > 1:
+        blank |= frame.isna().all(axis=1)
     if args.regular:
         frame, group, axis = insert_absent_rows(frame, group, axis, args)
     # equal times keep their order; rows without a time belong nowhere, and stay as they are
     keys = pd.DataFrame({"nowhere": axis.stamps.isna(), "group": group, "time": axis.stamps})
-    order = keys.reset_index(drop=True).sort_values(["nowhere", "group", "time"], kind="stable").index
+    order = keys.sort_values(["nowhere", "group", "time"], kind="stable").index
     if not order.is_monotonic_increasing:                   # a big table need not be held twice
         frame = frame.iloc[order]
     axis = axis._replace(stamps=axis.stamps.iloc[order])
     placed = group.iloc[order][axis.stamps.notna().to_numpy()]
     lengths = placed.groupby(placed).size().to_numpy()
-    seq_len, segments, split_by_time = split_rows(lengths, args)
+    if len(lengths) == 0:
+        fail(f"{args.data}: no row has a time in {' '.join(axis.columns)!r} (--time_col)")
+    seq_len, segments, split_by_time = split_rows(lengths, args, schema)
     is_train = np.zeros(len(frame), bool)                   # the rows that statistics may be taken from
     for start, end in segments["train"].tolist():
         is_train[start:end] = True
     if schema is None:
         schema = fit_schema(frame, kinds, axis, is_train, args)
-    has_stamps = pd.api.types.is_datetime64_any_dtype(axis.stamps)
-    if schema.cycles and not has_stamps:
-        fail(f"{args.data}: it has no time stamps, which the checkpoint was trained with (--time_col)")
-    numeric, categorical, observed, stats = encode(frame, schema, args)
-    order = frame.index.to_numpy()
-    blank = frame.isna().all(axis=1).to_numpy() & (order >= 0) & (frame.shape[1] > 1)
-    blank |= axis.stamps.isna().to_numpy()
+    numeric, categorical, observed = encode(frame, schema, args)
     return Table(schema=schema, numeric=numeric, categorical=categorical, observed=observed,
-                 clock=time_features(axis.stamps, schema.cycles), time=median_steps(axis, lengths),
-                 order=order, axis=axis, blank=torch.tensor(blank), kinds=kinds, stats=stats,
-                 seq_len=seq_len, segments=segments, split_by_time=split_by_time)
+                 clock=time_features(axis.stamps, schema.cycles, args), time=median_steps(axis, lengths),
+                 order=order.to_numpy(), axis=axis, kinds=kinds, seq_len=seq_len,
+                 blank=torch.tensor(blank.reindex(order, fill_value=False).to_numpy()),
+                 segments=segments, split_by_time=split_by_time)
 
 
 def encode(frame, schema, args):
-    """DataFrame -> numeric (rows, N), categorical (rows, K), observed (rows, F), and {numeric column:
-    ColumnStats}. From here on no cell is NaN."""
-    N, K = len(schema.numeric), len(schema.categorical)
+    """DataFrame -> numeric (rows, N), categorical (rows, K), observed (rows, F). From here on no cell is
+    NaN."""
+    N = len(schema.numeric)
+    names = schema.numeric + schema.categorical
     numeric = np.zeros((len(frame), N), np.float32)
-    categorical = np.zeros((len(frame), K), np.int32)
-    observed = np.zeros((len(frame), N + K), bool)
-    stats = {}
-    for name in schema.numeric + schema.categorical:
+    categorical = np.zeros((len(frame), len(names) - N), np.int32)
+    observed = np.zeros((len(frame), len(names)), bool)
+    for name in names:
         if name not in frame:
             fail(f"{args.data}: there is no column {name!r}, which the checkpoint was trained on")
     for j, name in enumerate(schema.numeric):
         x = clean_numbers(frame[name], args)                # float64, NaN where there is none
         observed[:, j] = ~np.isnan(x)
-        stats[name] = column_stats(frame[name], x)
-        scaled = np.clip((x - schema.center[j]) / schema.scale[j], -1e9, 1e9)   # so that squares are finite
+        scaled = (x - schema.center[j]) / schema.scale[j]
+        scaled = np.clip(scaled, -1e9, 1e9)                 # so that squares are finite
         numeric[:, j] = np.where(observed[:, j], scaled, 0.0)
     for k, name in enumerate(schema.categorical):
         text = labels(frame[name])
-        code = pd.Index(schema.vocabulary[k], dtype="str").get_indexer(text)    # -1: not in train, UNK_ID
         observed[:, N + k] = text.notna()
-        categorical[:, k] = np.where(observed[:, N + k], code + 2, MASK_ID)
-    return torch.from_numpy(numeric), torch.from_numpy(categorical), torch.from_numpy(observed), stats
+        code = pd.Index(schema.vocabulary[k], dtype="str").get_indexer(text)    # -1: not in train, UNK_ID
+        categorical[:, k] = np.where(text.notna(), code + 2, MASK_ID)
+    return torch.from_numpy(numeric), torch.from_numpy(categorical), torch.from_numpy(observed)
 
 
 def fit_schema(frame, kinds, axis, is_train, args):
     """Scales, vocabularies and cycles, from the rows where is_train, (rows,) bool, is True alone."""
     numeric = [name for name in kinds if kinds[name] == "numeric"]
     categorical = [name for name in kinds if kinds[name] == "categorical"]
-    center, scale, vocabulary = [], [], []
+    schema = Schema(numeric, categorical, center=[], scale=[], vocabulary=[], learnt=[], cycles=[])
     for name in numeric:
-        level, spread = fit_scale(clean_numbers(frame[name], args)[is_train], args.scaler)
-        center.append(level)
-        scale.append(spread)
+        x = clean_numbers(frame[name], args)[is_train]
+        center, scale = fit_scale(x[~np.isnan(x)])
+        schema.center.append(center)
+        schema.scale.append(scale)
+        schema.learnt.append(not np.isnan(x).all())
     for name in categorical:
         # commonest first, so that id 2 is what one would guess without a model; then by name
         count = labels(frame[name])[is_train].value_counts().sort_index()
-        vocabulary.append(count.sort_values(ascending=False, kind="stable").index.tolist())
-    cycles = []
+        count = count.sort_values(ascending=False, kind="stable")
+        schema.vocabulary.append(count.index.tolist())
+        schema.learnt.append(len(count) > 0)
     if pd.api.types.is_datetime64_any_dtype(axis.stamps):
         train = axis.stamps[is_train]
         seconds = (train.max() - train.min()).total_seconds()
         # a cycle that the train rows have not seen twice tells dates apart, and is learnt by heart
-        cycles = [cycle for cycle in args.cycles if seconds >= 2 * CYCLES[cycle]]
-    return Schema(numeric, categorical, center, scale, vocabulary, cycles)
+        schema.cycles = [cycle for cycle in args.cycles if seconds >= 2 * CYCLES[cycle]]
+    return schema
 
 
-def fit_scale(x, scaler):
-    """center and scale of one float64 column of train rows; a constant or an empty one has scale 1.
-
-    It is clipped at its 0.1 % and 99.9 % quantiles first, so that one spike does not set the scale of all.
-    """
-    x = x[~np.isnan(x)]
-    if len(x) == 0:
-        return 0.0, 1.0
-    x = np.clip(x, *np.quantile(x, [0.001, 0.999]))         # for the statistics alone
-    center, scale = x.mean(), x.std()
-    if scaler == "robust":
-        center = np.median(x)
-        scale = np.quantile(x, 0.75) - np.quantile(x, 0.25)
-    if scaler == "none" or scale <= 1e-9 * abs(center):     # a constant's std is rounding
-        scale = 1.0
-    return float(center), float(scale)
-
-
-def split_counts(n, what, args):
-    """--split -> how many of n rows (or groups) are train, val and test; what is over stays unused."""
-    share = np.array(args.split)
-    if share.sum() <= 1 + 1e-6:                             # 0.7 + 0.15 + 0.15 is a little more than 1
-        # edges are rounded, not counts, so that nothing is lost between the parts
-        counts = np.diff(np.round(n * np.cumsum([0.0, *share]) + 1e-9)).astype(int)
-        for i in np.flatnonzero((counts == 0) & (share > 0)):           # of a few groups none gets nothing
-            if counts.sum() == n:
-                counts[counts.argmax()] -= 1
-            counts[i] = 1
-    elif (share % 1 > 0).any():
-        fail(f"--split {args.split}: fractions must not exceed 1 together")
-    else:
-        counts = share.astype(int)
-    if counts.sum() > n:
-        fail(f"--split asks for {counts.sum()} {what}, but {args.data} has {n}")
-    for name, count in zip(("train", "val", "test"), counts):
-        if count < 1:
-            fail(f"{args.data}: {n} {what}, split as {args.split}, leave no {name} window (--split)")
-    return counts.tolist()
-
-
-def split_rows(lengths, args):
-    """T, the segments of Table, and whether time is split. lengths: rows of each group, in row order.
-
-    One or two sequences are split by time, each. As the ETTh1 protocol has it (Zhou 2021), a val or test
-    window may begin up to T rows before its part. More groups are split by group, shuffled with a fixed seed.
-    """
-    ends = np.cumsum(lengths)
-    ranges = np.stack([ends - lengths, ends], axis=1)                           # (groups, 2)
-    by_time = len(lengths) < 3
-    parts = {"train": [], "val": [], "test": [], "all": ranges}
-    if by_time:
-        counts = [split_counts(length, "rows", args) for length in lengths.tolist()]
-        seq_len = min([args.seq_len] + [train for train, _, _ in counts])       # so val may begin T rows early
-        for (first, _), (train, val, test) in zip(ranges, counts):
-            a, b, c = np.cumsum([first + train, val, test])
-            parts["train"].append((first, a))
-            parts["val"].append((a - seq_len, b))
-            parts["test"].append((b - seq_len, c))
-    else:
-        train, val, test = split_counts(len(lengths), "groups", args)
-        # not the first groups to train on: files are sorted, and the last wells are the newest
-        mixed = np.random.default_rng(0).permutation(len(lengths))
-        parts["train"] = ranges[np.sort(mixed[:train])]
-        parts["val"] = ranges[np.sort(mixed[train:train + val])]
-        parts["test"] = ranges[np.sort(mixed[train + val:train + val + test])]
-        seq_len = min(args.seq_len, int(np.diff(parts["train"]).max()))
-    segments = {name: torch.from_numpy(np.array(part, dtype=np.int64)) for name, part in parts.items()}
-    return seq_len, segments, by_time
-
-
-def time_features(stamps, cycles):
+def time_features(stamps, cycles, args):
     """Time stamps -> clock (rows, 2 * cycles) float32: sin and cos of the place in each cycle. An angle has
     no midnight at which it jumps, as hours from 0 to 23 do."""
     clock = np.zeros((len(stamps), 2 * len(cycles)), np.float32)
+    if cycles and not pd.api.types.is_datetime64_any_dtype(stamps):
+        fail(f"{args.data}: it has no time stamps, which the checkpoint was trained with (--time_col)")
     for i, cycle in enumerate(cycles):
         midnight = pd.Timestamp("2000-01-01", tz=stamps.dt.tz)
         angle = 2 * np.pi * (stamps - midnight).dt.total_seconds().fillna(0) / CYCLES[cycle]
@@ -308,21 +229,85 @@ def fail(message):
 
 
 # -----------------------------------------------------------------------------
+# scales and splits
+
+def fit_scale(x):
+    """Mean and standard deviation of a column's train values, float64; a constant or an empty one has
+    scale 1."""
+    if len(x) == 0:
+        return 0.0, 1.0
+    x = np.clip(x, *np.quantile(x, [0.001, 0.999]))         # one spike must not set the scale of all
+    center = x.mean()
+    scale = x.std()
+    if scale <= 1e-9 * abs(center):                         # a constant's std is rounding
+        scale = 1.0
+    return float(center), float(scale)
+
+
+def split_counts(n, what, args):
+    """--split -> how many of n rows (or groups) are train, val and test."""
+    train, val, test = args.split
+    if sum(args.split) <= 1 + 1e-6:                         # fractions; of a few groups none gets nothing
+        used = round(n * sum(args.split))
+        val = max(1, round(n * val))
+        test = max(1, round(n * test))
+        train = max(1, used - val - test)
+    counts = [int(train), int(val), int(test)]
+    if counts != [train, val, test] or min(counts) < 1 or sum(counts) > n:
+        fail(f"{args.data}: --split {args.split} does not fit its {n} {what}: three fractions or counts, "
+             "and at least one for each part")
+    return counts
+
+
+def split_rows(lengths, args, schema=None):
+    """T, the segments of Table, and whether time is split. lengths: rows of each group, in row order.
+
+    One or two sequences are split by time, each. As the ETTh1 protocol has it (Zhou 2021), a val or test
+    window may begin up to T rows before its part. More groups are split by group, shuffled with a fixed seed.
+    """
+    end = np.cumsum(lengths)
+    start = end - lengths                                                       # (groups,)
+    by_time = len(lengths) < 3
+    if by_time:
+        counts = np.array([split_counts(n, "rows", args) for n in lengths.tolist()])
+        longest = counts[:, 0].min()
+    else:
+        counts = split_counts(len(lengths), "groups", args)
+        # not the first groups to train on: files are sorted, and the last wells are the newest
+        mixed = np.random.default_rng(0).permutation(len(lengths))
+        train, val, test, _ = np.split(mixed, np.cumsum(counts))
+        longest = lengths[train].max()
+    # no window need be longer than what there is to train on; a checkpoint has its own T
+    seq_len = args.seq_len if schema else min(args.seq_len, int(longest))
+    if by_time:
+        a, b, c = start + np.cumsum(counts, axis=1).T                           # where the parts end
+        parts = {"train": (start, a),
+                 "val": (np.maximum(a - seq_len, start), b),
+                 "test": (np.maximum(b - seq_len, start), c)}
+    else:
+        parts = {"train": (start[train], end[train]),
+                 "val": (start[val], end[val]),
+                 "test": (start[test], end[test])}
+    parts["all"] = (start, end)
+    segments = {name: torch.from_numpy(np.stack(edges, axis=1)) for name, edges in parts.items()}
+    return seq_len, segments, by_time
+
+
+# -----------------------------------------------------------------------------
 # files, and the kinds of their columns
 
 MISSING = ["?", "-", "--", "n.a."]  # markers of a missing cell, beside those that pandas knows
-DATE_WORDS = "|".join([             # 2024-12-31, 2024-12, 31.12.24, 1-Jan-2024, Aug 01, 2016, 20240131, 10:30
-    r"^\d{4}[-/]\d{1,2}(?:[-/]\d|$)", r"^\d{4}\.\d{1,2}\.\d", r"^\d{1,2}[-/. ](?:\d{1,2}|[A-Za-z]{3,9})[-/. ]\d{2,4}", r"^\d{4}-[QW]\d+$",
-    r"^\d{1,2}/\d{4}$", r"^(?:19|20)\d{6}T?\d{4}(?:\d\d)?$",
-    r"^[A-Za-z]{3,9}\.? (?:\d{1,2},? )?\d{4}", r"^(?:19|20)\d\d(?:0[1-9]|1[0-2])(?:[0-2]\d|3[01])$", r"^\d{1,2}:\d\d"])
-EPOCH = r"^1\d{9}(?:\d{3})?$"         # seconds or milliseconds since 1970; only where the name says time
-NAMED_TIME = r"time|date|stamp|epoch|datum|zeit"
-
-
-def csv_flags(args):
-    """How the file is written, for pandas.read_csv."""
-    sep = args.sep.replace("\\t", "\t")
-    return {"sep": sep, "encoding": args.encoding, "skiprows": args.skiprows, "low_memory": False}
+MONTH = r"(?i:jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec)[a-z]*"
+DATE_LIKE = "|".join([
+    r"^\d{4}[-/](?:\d|[QW]\d)|^\d{4}Q\d$",                      # 2024-12-31, 2024/12, 2024-W05, 2024Q1
+    r"^\d{4}\.\d{1,2}\.\d",                                     # 2024.12.31
+    rf"^\d{{1,2}}[-/. ]+(?:\d{{1,2}}|{MONTH})[-/. ]+\d{{2}}",   # 31.12.24, 31. Dec 2024
+    r"^\d{1,2}/\d{4}$",                                         # 12/2024
+    rf"\b{MONTH}[-. ,]+(?:\d{{1,2}},? )?\d{{2}}(?:\d\d)?\b",    # Dec-24, Tuesday, Dec 31, 2024
+    r"^(?:19|20)\d\d[01]\d[0-3]\d(?:T?\d{2,6})?$",              # 20241231, 202412311030
+    r"^\d{1,2}:\d\d"])                                          # 10:30
+EPOCH = r"1\d{9}(?:\d{3})?(?:\.\d+)?"       # (milli)seconds since 1970; only where the name says time
+NAMED_TIME = r"(?i)time|date|stamp|epoch|year|datum|zeit"
 
 
 def read_raw(args, **options):
@@ -330,33 +315,33 @@ def read_raw(args, **options):
     try:
         if args.data.endswith(".parquet"):
             return pd.read_parquet(args.data)
-        frame = pd.read_csv(args.data, **csv_flags(args), **options)
+        options.update(sep=args.sep, encoding=args.encoding, skiprows=args.skiprows, low_memory=False)
+        frame = pd.read_csv(args.data, **options)
         if frame.shape[1] == 1:                             # a blank line is a hole, of this one column
-            frame = pd.read_csv(args.data, **csv_flags(args), **options, skip_blank_lines=False)
+            frame = pd.read_csv(args.data, skip_blank_lines=False, **options)
+        return frame
     except FileNotFoundError:
         fail(f"{args.data}: no such file (--data takes a path or one of: {', '.join(SIMULATIONS)})")
     except Exception as e:      # foreign files raise anything: half a .gz, another encoding, no pyarrow ...
         why = (str(e).strip().splitlines() or [type(e).__name__])[0]
         fail(f"{args.data}: pandas cannot read this table ({why}); see --sep, --encoding and --skiprows")
-    return frame
 
 
 def read_frame(args):
     """The table as a DataFrame of at least one row. Columns that look like dates stay text."""
     if args.data in SIMULATIONS:
         return SIMULATIONS[args.data]()
-    options = {}
-    if not args.data.endswith(".parquet"):
-        head = read_raw(args, dtype=str, nrows=200)
-        text = {name: str for name in head if looks_like_time(head[name])}
-        options = {"dtype": text, "decimal": args.decimal, "thousands": args.thousands,
-                   "na_values": MISSING + args.na_values}
-    frame = read_raw(args, **options)
+    head = read_raw(args, dtype=str, nrows=200)
+    dates = {name: str for name in head if looks_like_time(head[name])}
+    frame = read_raw(args, dtype=dates, decimal=args.decimal, thousands=args.thousands,
+                     na_values=MISSING + args.na_values)
     if frame.index.name or isinstance(frame.index, pd.DatetimeIndex):           # parquet keeps dates there
         frame = frame.reset_index()
     frame.columns = [str(name) for name in frame.columns]
     if len(frame) == 0:
         fail(f"{args.data}: the table has no rows")
+    if frame.index.nlevels > 1 or has_row_names(frame) and frame.iloc[:, -1].isna().all():
+        fail(f"{args.data}: its rows have more cells than its header has names (--skiprows leaves lines out)")
     if frame.shape[1] == 1 and re.search("[;|\t]", frame.columns[0]):
         fail(f"{args.data}: one column called {frame.columns[0]!r}: is the separator another one? --sep ';'")
     for name in frame.select_dtypes("timedelta"):           # a duration is a number, of seconds
@@ -367,10 +352,10 @@ def read_frame(args):
 def looks_like_time(column):
     """Do nine of ten of its values look like dates? An epoch must be named so: it may be any number."""
     words = column.dropna().iloc[:1000].astype(str).str.strip().drop_duplicates()
-    pattern = DATE_WORDS
-    if re.search(NAMED_TIME, str(column.name), re.IGNORECASE):
-        pattern = f"{DATE_WORDS}|{EPOCH}"
-    return len(words) > 0 and words.str.contains(pattern).mean() >= 0.9
+    like = words.str.contains(DATE_LIKE)
+    if re.search(NAMED_TIME, str(column.name)):
+        like |= words.str.fullmatch(EPOCH)
+    return len(words) > 0 and like.mean() >= 0.9
 
 
 def infer_kinds(frame, args):
@@ -387,8 +372,7 @@ def infer_kinds(frame, args):
     if not args.time_col and {"year", "month", "day"} <= {name.lower() for name in parts}:
         kinds.update(dict.fromkeys(parts, "time"))
     for name in kinds:
-        times = [frame[other] for other in kinds if kinds[other] == "time"]
-        kinds[name] = kinds[name] or infer_kind(frame[name], times, args)
+        kinds[name] = kinds[name] or infer_kind(frame[name], args)
         if name in args.numeric_cols and np.isnan(clean_numbers(frame[name], args)).all():
             fail(f"{args.data}: no value of column {name!r} reads as a number (--numeric_cols)")
     if not {"numeric", "categorical"} & set(kinds.values()):
@@ -396,17 +380,12 @@ def infer_kinds(frame, args):
     return kinds
 
 
-def infer_kind(column, times, args):
-    """The kind of a column that no flag speaks of. times: the time columns before it."""
+def infer_kind(column, args):
+    """The kind of a column that no flag speaks of."""
     if pd.api.types.infer_dtype(column, skipna=True) in ("boolean", "categorical"):
         return "categorical"                                # True with holes has dtype object, not bool
     if pd.api.types.is_datetime64_any_dtype(column) or looks_like_time(column):
-        if not times:
-            return "time"
-        # a time of day and a date without one are one time in two columns
-        words = sorted([str(part.dropna().iloc[0]) for part in (column, times[0])], key=lambda word: ":" in word)
-        joined = ":" not in words[0] and re.match(r"\d{1,2}:\d\d", words[1])
-        return "time" if joined and len(times) == 1 and not args.time_col else "dropped: a second time column"
+        return SECOND_TIME if args.time_col else "time"
     words = column.dropna()
     if (~np.isnan(read_numbers(words, args))).sum() >= 0.9 * len(words):
         return "numeric"                                    # a "Bad" among numbers is a missing number
@@ -430,15 +409,6 @@ def clean_numbers(column, args):
     return x
 
 
-def column_stats(column, x):
-    """ColumnStats of a column and of its numbers x (rows,) float64."""
-    repaired = int((np.isnan(x) & column.notna().to_numpy()).sum())
-    seen = x[~np.isnan(x)]
-    if len(seen) == 0:
-        return ColumnStats(repaired, np.nan, np.nan, np.nan)
-    return ColumnStats(repaired, seen.mean(), seen.min(), seen.max())
-
-
 def labels(column):
     """A column as text, missing where it was missing; 1.0 in an integer column with holes reads "1"."""
     return column.convert_dtypes().astype("string").astype(object)
@@ -456,20 +426,21 @@ def group_labels(frame, kinds):
 # time
 
 YMD = {"year": "%Y", "month": "%m", "day": "%d", "hour": "%H", "minute": "%M", "second": "%S"}
-DATES = ["%Y-%m-%d", "%Y/%m/%d", "%Y.%m.%d", "%m/%d/%Y", "%d/%m/%Y", "%m-%d-%Y", "%d-%m-%Y", "%d.%m.%Y", "%Y%m%d",
-         "%m/%d/%y", "%d/%m/%y", "%d.%m.%y", "%d-%b-%Y", "%d-%b-%y", "%b %d, %Y", "%B %d, %Y", "%d %b %Y",
-         "%d %B %Y", "%Y-%m", "%m/%Y", "%b %Y", "%B %Y", ""]
-CLOCKS = ["", " %H:%M", " %H:%M:%S", " %H:%M:%S.%f", "T%H:%M", "T%H:%M:%S", "T%H:%M:%S.%f", " %I:%M %p", " %I:%M:%S %p"]
-PATTERNS = [(date + clock).strip() + zone for date, clock, zone in itertools.product(DATES, CLOCKS, ["", "%z"])]
-PATTERNS += ["%Y%m%d%H%M", "%Y%m%d%H%M%S", "%Y%m%dT%H%M%S"]
+SECOND_TIME = "dropped: a second time column"
+# what pandas does not guess: years of two digits, months without a day, hours up to twelve or alone
+OTHER_DATES = ["%d.%m.%y", "%m/%d/%y", "%d/%m/%y", "%d-%b-%y", "%m/%d/%Y", "%d/%m/%Y", "%Y-%m-%d"]
+OTHER_CLOCKS = ["", " %H", " %H:%M", " %H:%M:%S", " %H.%M", " %H.%M.%S", " %I:%M %p", " %I:%M:%S %p"]
+OTHER_PATTERNS = [date + clock for date in OTHER_DATES for clock in OTHER_CLOCKS]
+OTHER_PATTERNS += ["%m/%Y", "%b %Y", "%B %Y", "%b-%y", "%b-%Y", "%Y%m%d%H"]
 # what strftime pads and others do not, and how they write zones: patterns to replace in its text
-MANNERS = [("$^", ""), (r"(?<![\d:.])0(\d)", r"\1"), (r"([+-]\d\d)(\d\d)$", r"\1:\2"), (r"\+0000$", "Z")]
+MANNERS = [("$^", ""), (r"(?<![\d:.])0(\d)", r"\1"), (r"([+-]\d\d)(\d\d)$", r"\1:\2"), (r"\+0000$", "Z"),
+           (r"(\.\d{3})000$", r"\1"), (r"(\.\d{3})000\+0000$", r"\1Z")]
 
 
 class TimeAxis(NamedTuple):
     """The time columns, and how the file writes them."""
     columns: list               # several are read as one, joined by a blank
-    patterns: list              # of each, for strftime; "s" or "ms": since 1970; "number": as it is
+    pattern: str                # for strftime; "s" or "ms": since 1970; "number": as it is; "elapsed": 37:15
     stamps: pd.Series           # (rows,) time stamps or numbers; the row number where there is no time column
 
 
@@ -477,76 +448,91 @@ def parse_stamps(text, pattern):
     """Text as time stamps, missing where it does not read as this pattern."""
     if pattern in ("s", "ms"):
         return pd.to_datetime(pd.to_numeric(text, errors="coerce"), unit=pattern)
-    if pattern == "duration":                               # 37:15, beyond a day
+    if pattern == "elapsed":
         whole = text.where(text.str.count(":") == 2, text + ":00")
         return pd.to_timedelta(whole, errors="coerce").dt.total_seconds()
+    several_zones = "%z" in pattern and text.str[-6:].nunique() > 1
     try:
-        return pd.to_datetime(text, format=pattern, errors="coerce")
-    except ValueError:                                      # several zones in one column
-        return pd.to_datetime(text, format=pattern, errors="coerce", utc=True)
+        return pd.to_datetime(text, format=pattern, errors="coerce", utc=several_zones)
+    except ValueError as e:
+        fail(f"--time_format {pattern!r} is no pattern for these times ({e})")
 
 
-def reads_as(word, pattern):
-    try:
-        return bool(datetime.strptime(word, pattern))
-    except ValueError:
-        return False
+def guess_patterns(words):
+    """The patterns by which all of these words, a Series, read."""
+    for pattern, looks in (("s", r"1\d{9}(?:\.\d+)?"), ("ms", r"1\d{12}(?:\.\d+)?"),
+                           ("elapsed", r"\d+:\d\d(?::\d\d)?")):
+        if words.str.fullmatch(looks).all():
+            return [pattern]
+    guesses = list(OTHER_PATTERNS)
+    for word in (words.iloc[0], words.iloc[-1]):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")                 # pandas says when it read a day as a month
+            guesses += [guess_datetime_format(word), guess_datetime_format(word, dayfirst=True)]
+    fitting = []
+    for pattern in dict.fromkeys(filter(None, guesses)):
+        # nobody writes the year first and the month last, or points after the month first
+        if not re.match(r"%Y.%d|%m\.%d", pattern) and parse_stamps(words, pattern).notna().all():
+            fitting.append(pattern)
+    return fitting
 
 
-def candidate_patterns(text):
-    """The patterns by which the first of these words reads; which of them serve is for all the others to
-    say."""
-    word = text.dropna().iloc[0]
-    if re.fullmatch(EPOCH, word):
-        return ["s" if len(word) == 10 else "ms"]
-    if re.fullmatch(r"(?:2[4-9]|[3-9]\d|\d{3,}):\d\d(?::\d\d)?", text.dropna().iloc[-1]):
-        return ["duration"]                                 # it ends beyond 24 hours
-    return [pattern for pattern in PATTERNS if reads_as(word, pattern)]
+def read_columns(frame, columns, args):
+    """Columns as one TimeAxis; None where no pattern fits. Of several that fit, such as day-first and
+    month-first, the one that makes the steps most even."""
+    text = labels(frame[columns[0]]).str.strip()
+    for name in columns[1:]:
+        text = text.str.cat(labels(frame[name]).str.strip(), sep=" ")
+    words = text.dropna().drop_duplicates()
+    patterns = []
+    if args.time_format:
+        patterns = [args.time_format]
+    elif len(columns) > 1 and {name.lower() for name in columns} <= YMD.keys():
+        patterns = [" ".join(YMD[name.lower()] for name in columns)]
+    elif len(words):
+        patterns = guess_patterns(words.iloc[np.linspace(0, len(words) - 1, 100).astype(int)])
+    best = None
+    merit = (-1.0, 0.0)
+    for pattern in patterns:
+        stamps = parse_stamps(text, pattern)
+        if not (stamps.isna() == text.isna()).all():        # some do not read so
+            continue
+        steps = stamps.drop_duplicates().sort_values().diff().dropna()
+        even = (steps - steps.median()).abs() <= 0.15 * steps.median()          # months differ
+        rank = (even.mean(), -steps.sum() / steps.median())     # of two as even the shorter time
+        undecided = rank == merit or rank[0] == merit[0] == 1   # twelve days, or twelve months
+        if undecided and not stamps.equals(best.stamps):
+            fail(f"{args.data}: {' '.join(columns)} reads as {best.pattern!r} and as {pattern!r}: "
+                 "--time_format says which")
+        if best is None or rank > merit:
+            best = TimeAxis(columns, pattern, stamps)
+            merit = rank
+    return best
 
 
 def read_time(frame, kinds, args):
-    """The TimeAxis of a frame. Of several patterns that fit, such as day-first and month-first, the one that
-    makes the steps most even; none that fits is refused."""
+    """The TimeAxis of a frame. What looks like time and is not understood is refused."""
     columns = args.time_col or [name for name in kinds if kinds[name] == "time"]
     if not columns:
-        return TimeAxis([], [], pd.Series(np.arange(len(frame)), index=frame.index))
+        return TimeAxis([], "number", pd.Series(np.arange(len(frame)), index=frame.index))
     first = frame[columns[0]]
-    if len(columns) == 1 and (pd.api.types.is_datetime64_any_dtype(first) or not looks_like_time(first)
-                              and pd.api.types.is_numeric_dtype(first)):
-        return TimeAxis(columns, ["number"], first)         # sorts as it is, and is written as pandas does
-    texts = [labels(frame[name]).str.strip() for name in columns]
-    choices = [candidate_patterns(text) for text in texts]
-    if len(columns) > 1 and {name.lower() for name in columns} <= YMD.keys():
-        choices = [[YMD[name.lower()]] for name in columns]
-    if args.time_format:
-        choices = [args.time_format.split(" ", len(columns) - 1)]
-        choices = [[pattern] for pattern in choices[0]]
-    joined = texts[0].str.cat(texts[1:], sep=" ")
-    best, merit = None, (-1.0, 0.0)
-    for patterns in itertools.product(*choices):
-        parts = re.findall("%.", " ".join(patterns))
-        if len(set(parts)) < len(parts):                    # two hours make no time
-            continue
-        stamps = parse_stamps(joined, " ".join(patterns))
-        if not (stamps.isna() == joined.isna()).all():      # some do not read so
-            continue
-        steps = stamps.drop_duplicates().sort_values().diff()
-        evenness = ((steps - steps.median()).abs() <= 0.15 * steps.median()).mean()     # months differ
-        rank = (evenness, -steps.sum() / steps.median())    # of two as even the shorter time
-        if rank == merit and not stamps.equals(best.stamps):
-            fail(f"{args.data}: {' '.join(columns)} reads as {best.patterns} and as {list(patterns)}: say which, "
-                 f"--time_format '{' '.join(patterns)}'")
-        if best is None or rank > merit:
-            best, merit = TimeAxis(columns, list(patterns), stamps), rank
-    if best is None:
-        some = joined.dropna().iloc[[0, -1]].tolist() if joined.notna().any() else "nothing"
-        fail(f"{args.data}: {' '.join(columns)!r} does not read as time stamps in one format (such as {some}): "
-             "--time_format '%d.%m.%Y %H:%M' says how, --time_col Date Time joins two columns, --drop_cols leaves it "
-             "out, and rows stay in the order of the file")
-    if "%d" not in "".join(best.patterns) and "%H" in "".join(best.patterns) and not best.stamps.is_monotonic_increasing:
-        fail(f"{args.data}: {columns[0]!r} is a time of day without its day: --time_col Date Time joins two columns, "
-             f"--drop_cols {columns[0]} leaves it out")
-    return best
+    is_number = pd.api.types.is_numeric_dtype(first) and not looks_like_time(first)
+    if len(columns) == 1 and (is_number or pd.api.types.is_datetime64_any_dtype(first)):
+        if is_number:                                       # without infinities and sentinels
+            first = pd.Series(clean_numbers(first, args), index=first.index)
+        return TimeAxis(columns, "number", first)           # sorts as it is, and is written as pandas does
+    axis = read_columns(frame, columns, args)
+    if axis is None and not args.time_col:                  # a date and a date of installation make no time
+        kinds.update(dict.fromkeys(columns[1:], SECOND_TIME))
+        axis = read_columns(frame, columns[:1], args)
+    if axis is None:
+        fail(f"{args.data}: {' '.join(columns)!r} does not read as time stamps in one format (such as "
+             f"{first.dropna().iloc[[0, -1]].tolist()}): --time_format '%d.%m.%Y %H:%M' says how, --time_col "
+             "Date Time joins two columns, --drop_cols leaves it out, and rows stay in the order of the file")
+    if axis.pattern == "elapsed" and not axis.stamps.is_monotonic_increasing:
+        fail(f"{args.data}: {axis.columns[0]!r} is a time of day without its day: --time_col Date Time joins "
+             "two columns, --drop_cols leaves it out")
+    return axis
 
 
 def time_step(stamps):
@@ -556,9 +542,8 @@ def time_step(stamps):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")                 # what it returns is about to change
             offset = pd.infer_freq(stamps.iloc[-12:])
-        offset = offset and pd.tseries.frequencies.to_offset(offset)
-        if offset and "BH" not in offset.rule_code.upper():             # business hours: whose?
-            return offset
+        if offset and "bh" not in offset.lower():           # business hours: whose?
+            return pd.tseries.frequencies.to_offset(offset)
         days = stamps.diff().median() / pd.Timedelta(days=1)
         if days > 27 and stamps.dt.day.nunique() == 1:      # the 15th of each month
             return pd.DateOffset(months=round(days / 30.4))
@@ -588,35 +573,37 @@ def median_steps(axis, lengths):
 
 
 def insert_absent_rows(frame, group, axis, args):
-    """--regular: the same with a row of holes, number -1, for each step that is not there."""
-    stamps = [axis.stamps]
-    names = [group]
-    for name, own in axis.stamps.groupby(group):
+    """--regular: the same with a row of holes at the end for each step of time that is not there."""
+    stamps = []
+    names = []
+    for name, own in axis.stamps.dropna().groupby(group):
         if own.nunique() < 2:
             continue
         grid = time_grid(own.min(), own.max(), None, time_step(own))
-        if not own.dropna().isin(grid).all():
-            fail(f"{args.data}: --regular: the steps of time are uneven, so it cannot be said which rows are absent")
-        absent = grid.difference(own)
-        stamps.append(pd.Series(absent, index=[-1] * len(absent)))
-        names.append(pd.Series(name, index=[-1] * len(absent)))
-    stamps = pd.concat(stamps)
-    frame = pd.concat([frame, pd.DataFrame(index=[-1] * (len(stamps) - len(frame)))])
-    return frame, pd.concat(names), axis._replace(stamps=stamps)
+        if not own.isin(grid).all():
+            fail(f"{args.data}: --regular: steps of time are uneven, so nobody can say which rows are absent")
+        absent = grid.difference(own).tolist()
+        stamps += absent
+        names += [name] * len(absent)
+    rows = pd.RangeIndex(len(frame), len(frame) + len(stamps))
+    group = pd.concat([group, pd.Series(names, rows, dtype=object)])
+    stamps = pd.concat([axis.stamps, pd.Series(stamps, rows, dtype=axis.stamps.dtype)])
+    return frame.reindex(group.index), group, axis._replace(stamps=stamps)
 
 
 # -----------------------------------------------------------------------------
 # and back: the user's own file as it was, with some cells of our own
 
 def check_target(flag, path, source):
-    """Before minutes of training: can `path` be written, and is it another file than the one that is read?"""
-    folder = os.path.dirname(path) or "."               # path.tmp is renamed: the folder must allow it
-    if os.path.isdir(path) or not os.access(folder, os.W_OK):
-        fail(f"{flag} {path} cannot be written: {folder} must be a folder that may be written to")
-    if os.path.exists(path) and os.path.exists(source) and os.path.samefile(path, source):
-        fail(f"{flag} {path} is the table itself; give the result another name")
-    if not path.endswith((".csv", ".csv.gz")):
-        fail(f"{flag} {path}: what is written is a .csv or a .csv.gz")
+    """Before minutes of training: can a result be written to `path`, if there is one, without harm?"""
+    if path is None:
+        return
+    folder = os.path.dirname(path) or "."                   # path.tmp is renamed: the folder must allow it
+    writable = os.access(folder, os.W_OK) and not os.path.isdir(path)
+    is_source = os.path.exists(path) and os.path.exists(source) and os.path.samefile(path, source)
+    if is_source or not writable or not path.endswith((".csv", ".csv.gz")):
+        fail(f"{flag} {path} cannot be written: it must be a .csv or .csv.gz, not the table itself, in a "
+             "folder that may be written to")
 
 
 def replace_file(path, write):
@@ -624,49 +611,53 @@ def replace_file(path, write):
     try:
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
         write(path + ".tmp")
-        os.replace(path + ".tmp", path)                 # on one disk this happens whole or not at all
-    except (OSError, RuntimeError) as e:                # RuntimeError: torch, where the disk is full
+        os.replace(path + ".tmp", path)                     # on one disk this happens whole or not at all
+    except (OSError, RuntimeError) as e:                    # RuntimeError: torch, where the disk is full
         if os.path.exists(path + ".tmp"):
             os.remove(path + ".tmp")
         fail(f"{path} cannot be written ({str(e).splitlines()[0]}); what was there before is kept")
 
 
 def read_text(table, args):
-    """The file as it is written, a DataFrame of text in the order of the table, "" where a cell is empty."""
-    if args.data in SIMULATIONS or args.data.endswith(".parquet"):
-        frame = read_frame(args)
-        text = frame.astype(object).where(frame.notna(), "").astype(str)
-    else:
-        text = read_raw(args, dtype=str, keep_default_na=False)
-    inserted = table.order < 0
-    if len(text) != (~inserted).sum() or len(text.columns) != len(table.kinds):
-        fail(f"{args.data}: its rows or columns are others when it is read as text (--skiprows)")
-    text.columns = list(table.kinds)
+    """The file as it is written, a DataFrame of text, "" where a cell is empty; --regular: in the order
+    of time, with the rows that were absent."""
     unlike = unlike_groups(table)
     if unlike:
-        fail(f"{args.data}: {unlike[0]!r} varies over a thousand times more in one group than in another, and the small "
-             "one would be filled with what is noise to the large one: give each a file, or a column of logarithms")
-    text = text.iloc[table.order].copy()                # inserted ones, -1: the last row, for now
-    text[inserted] = ""
-    if pd.api.types.is_integer_dtype(text.index):       # else the file has a name for each row
-        text.index = range(len(text))
-    if inserted.any():
-        text.loc[inserted, table.axis.columns] = spell_stamps(table, table.axis.stamps[inserted], text, args).to_numpy()
+        fail(f"{args.data}: {unlike[0]!r} varies a thousand times more in one group than in another, and the "
+             "small one would be filled with noise of the large one: give each a file, or take logarithms")
+    if is_written(args):
+        text = read_raw(args, dtype=str, keep_default_na=False)
+    else:
+        frame = read_frame(args)
+        text = frame.astype(object).where(frame.notna(), "").astype(str)
+    text.columns = list(table.kinds)
+    if args.regular:
+        absent = table.order >= len(text)
+        before = np.where(absent, 0, np.arange(len(absent)))
+        before = np.maximum.accumulate(before)              # the last row of the file, in order of time
+        rows = new_rows(table, text, before[absent], table.axis.stamps[absent], args)
+        text = pd.concat([text, rows]).iloc[table.order]
+        table.order = np.arange(len(text))                  # from here on that is the file
     return text
+
+
+def is_written(args):
+    """Is it a file of text, with a manner of its own?"""
+    return args.data not in SIMULATIONS and not args.data.endswith(".parquet")
 
 
 def unlike_groups(table):
     """Columns that vary a thousand times more in one group than in another: the small one would drown."""
+    N = len(table.schema.numeric)
     length = table.segments["all"].diff(dim=1).flatten()
+    if len(length) == 1:
+        return []
     group = torch.arange(len(length)).repeat_interleave(length).numpy()
-    unlike = []
-    for j, name in enumerate(table.schema.numeric):
-        own = table.numeric[:, j].masked_fill(~table.observed[:, j], np.nan)[:len(group)]
-        own = pd.Series(own.numpy()).groupby(group)
-        spread = own.max() - own.min()
-        if spread[spread > 0].min() < 1e-3 * spread.max():
-            unlike.append(name)
-    return unlike
+    cells = table.numeric.masked_fill(~table.observed[:, :N], np.nan)[:len(group)]
+    groups = pd.DataFrame(cells.numpy(), columns=table.schema.numeric).groupby(group)
+    spread = groups.max() - groups.min()                                        # (groups, N)
+    unlike = spread.where(spread > 0).min() < 1e-3 * spread.max()
+    return unlike.index[unlike].tolist()
 
 
 def spell(table, name, values, text, args, forecast=False):
@@ -674,93 +665,110 @@ def spell(table, name, values, text, args, forecast=False):
     what it has been (a forecast: not below 0 where it never is), whole where it is whole; categories as it
     spells them."""
     schema = table.schema
-    names = schema.numeric + schema.categorical
-    seen = table.observed[:, names.index(name)].numpy()
-    own = text.loc[seen, name].str.strip()                      # the column's own cells
+    seen = table.observed[:, (schema.numeric + schema.categorical).index(name)].numpy()
+    own = text[name].iloc[table.order[seen]].str.strip()                        # the column's own cells
     if name in schema.categorical:
-        ids = table.categorical[:, schema.categorical.index(name)].numpy()
-        return own.groupby(ids[seen]).first().reindex(values.numpy()).to_numpy()
+        ids = table.categorical[seen, schema.categorical.index(name)].numpy()
+        return own.groupby(ids).first().reindex(values.numpy()).to_numpy()
     j = schema.numeric.index(name)
-    stats = table.stats[name]
     x = values.double().numpy() * schema.scale[j] + schema.center[j]
-    low, high = stats.min, stats.max
+    numbers = read_numbers(own, args)
+    low = numbers.min()
+    high = numbers.max()
     if forecast:
-        low, high = (0.0 if low >= 0 else -np.inf), np.inf
+        low = 0.0 if low >= 0 else -np.inf
+        high = np.inf
     x = np.clip(x, low, high)
-    if own.str.contains("e", case=False).any():                 # 1.2e-05 has no fixed number of decimals
-        return np.array([f"{value:.6g}".replace(".", args.decimal) for value in x], dtype=object)
-    decimals = own.str.extract(rf"{re.escape(args.decimal)}(\d+)$", expand=False).fillna("")
-    digits = min(15, int(decimals.str.len().quantile(0.95)))    # one 20.400000000000002 is no manner
-    if decimals.str.strip("0").eq("").all():
-        x = np.round(x)
-    x = np.round(x, digits) + 0.0                               # no -0.0
-    return np.array([f"{value:.{digits}f}".replace(".", args.decimal) for value in x], dtype=object)
+    form = ".6g"                                            # 1.2e-05 has no fixed number of decimals
+    if not own.str.contains("e", case=False).any():
+        decimals = own.str.extract(rf"{re.escape(args.decimal)}(\d+)$", expand=False).fillna("")
+        digits = min(15, int(decimals.str.len().quantile(0.95)))        # one 20.400000000000002 is no manner
+        whole = decimals.str.strip("0").eq("").all()
+        x = np.round(x, 0 if whole else digits) + 0.0       # no -0.0
+        form = f".{digits}f"
+    return np.array([format(value, form).replace(".", args.decimal) for value in x], dtype=object)
+
+
+def write_cells(target, rows, name, said, table, text, args, forecast=False):
+    """Write the cells of a column into these rows of `target`, a DataFrame of text; return them as lines of
+    --intervals. said (4, n): values, low ends, high ends and probabilities, see model.Prediction.interval."""
+    value, low, high = [spell(table, name, values, text, args, forecast) for values in said[:3]]
+    target.iloc[rows, target.columns.get_loc(name)] = value
+    return pd.DataFrame({"row": rows, "column": name, "value": value, "low": low, "high": high,
+                         "probability": said[3].numpy().round(3)})
 
 
 def stamp_text(stamps, pattern, manner):
     """Stamps, a Series, as a Series of text."""
-    if pattern == "number":
+    if pattern in ("s", "ms"):
+        return ((stamps - pd.Timestamp(0)) // pd.Timedelta(1, pattern)).astype(str)
+    if pattern in ("number", "elapsed"):
         if pd.api.types.is_float_dtype(stamps):
             stamps = stamps.round(9).convert_dtypes()       # 2020.0 is 2020, and 20.099999999999998 is 20.1
         return stamps.astype(str)
-    if pattern == "duration":
-        return pd.Series("not written", index=stamps.index)
-    if pattern in ("s", "ms"):
-        return ((stamps - pd.Timestamp(0)) // pd.Timedelta(1, pattern)).astype(str)
     return stamps.dt.strftime(pattern).str.replace(*manner, regex=True)
 
 
-def spell_stamps(table, stamps, text, args):
-    """Stamps, a Series, as a DataFrame of the time columns in the manner in which the file writes its own."""
+def new_rows(table, text, like, stamps, args):
+    """Rows of text in which only the time is filled in, by `stamps`, a Series, written as the file writes its
+    own, and the group, that of the rows `like` of the table."""
+    rows = text.iloc[table.order[like]].copy()
+    rows.loc[:, [name for name in text if table.kinds[name] != "group"]] = ""
+    if has_row_names(text):
+        rows.index = [""] * len(rows)                       # nobody has named them yet
     axis = table.axis
-    known = axis.stamps.notna().to_numpy() & (table.order >= 0)
-    spelled = {}
-    for name, pattern in zip(axis.columns, axis.patterns):
-        own = text.loc[known, name].str.strip().to_numpy()
-        fitting = [manner for manner in MANNERS
-                   if pattern == "number" or (stamp_text(axis.stamps[known], pattern, manner) == own).all()]
+    known = axis.stamps.notna().to_numpy() & (table.order < len(text))
+    patterns = axis.pattern.rsplit(" ", len(axis.columns) - 1)
+    for name, pattern in zip(axis.columns, patterns if len(rows) else ()):
+        own = text[name].iloc[table.order[known]].str.strip().to_numpy()
+        fitting = [manner for manner in MANNERS if pattern == "number"
+                   or (stamp_text(axis.stamps[known], pattern, manner) == own).all()]
         if not fitting:
-            fail(f"{args.data}: {name} is read as {pattern!r} and not written so (such as {own[-1]!r}): new stamps "
-                 "would look otherwise; --time_format, or a column in one format")
-        spelled[name] = stamp_text(stamps, pattern, fitting[0]).to_numpy()
-    return pd.DataFrame(spelled)
+            fail(f"{args.data}: {name} is read as {pattern!r} and not written so (such as {own[-1]!r}): new "
+                 "stamps would look otherwise; --time_format, or a column in one format")
+        rows[name] = stamp_text(stamps, pattern, fitting[0]).to_numpy()
+    return rows
+
+
+def has_row_names(text):
+    """Where the header has a name less than there are columns pandas makes the first an index of text."""
+    return not pd.api.types.is_integer_dtype(text.index)
 
 
 def next_rows(table, text, steps, args):
     """The rows that come next, `steps` for each sequence: a DataFrame of text in which only the time and the
     group are filled in, and the clock, (sequences, steps, C)."""
     stamps = []
-    lasts = []
     for start, end in table.segments["all"].tolist():
-        own = table.axis.stamps.iloc[start:end].dropna()
+        own = table.axis.stamps.iloc[start:end]
         step = time_step(own if len(own) > 1 else table.axis.stamps)
-        grid = time_grid(own.max(), None, steps + 1, step) if len(own) and step == step else own.iloc[:0]
-        if len(grid) < 2 or not grid[1] > grid[0]:
-            fail(f"{args.data}: --forecast cannot go on from {' '.join(table.axis.columns)!r}, whose step is {step}; "
-                 "does another column tell sequences (--group_col) or the time of day apart (--time_col)?")
+        if step != step or own.nunique() < len(own) / 2:
+            fail(f"{args.data}: --forecast cannot go on from {' '.join(table.axis.columns)!r}, whose step is "
+                 f"{step}: does another column tell sequences (--group_col) or hours (--time_col) apart?")
+        grid = time_grid(own.iloc[-1], None, steps + 1, step)
         stamps.append(pd.Series(grid[1:]))
-        lasts.append(end - 1)
     stamps = pd.concat(stamps, ignore_index=True)
-    rows = text.iloc[np.repeat(lasts, steps)].copy()
-    if not pd.api.types.is_integer_dtype(rows.index):
-        rows.index = [""] * len(rows)                           # nobody has named them yet
-    rows.loc[:, [name for name in text if table.kinds[name] != "group"]] = ""
-    rows[table.axis.columns] = spell_stamps(table, stamps, text, args).to_numpy()
-    clock = time_features(stamps, table.schema.cycles)
-    return rows, clock.unflatten(0, (len(lasts), steps))
+    last = np.repeat(table.segments["all"][:, 1].numpy() - 1, steps)
+    clock = time_features(stamps, table.schema.cycles, args)
+    return new_rows(table, text, last, stamps, args), clock.unflatten(0, (-1, steps))
 
 
-def write_text(path, text, args):
+def write_text(path, text, lines, args):
     """A DataFrame of text, with the file's own header, separator and encoding, and its row names, if it has
-    some."""
+    some; and the lines of --intervals, DataFrames."""
     options = {"index": False}
-    if not (args.data in SIMULATIONS or args.data.endswith(".parquet")):
+    if is_written(args):
         # pandas renames columns that are called alike or not at all
         header = read_raw(args, header=None, nrows=1, dtype=str, keep_default_na=False).iloc[0].tolist()
-        options = {"index": not pd.api.types.is_integer_dtype(text.index), "index_label": False, "header": header,
-                   "sep": args.sep.replace("\\t", "\t"), "encoding": args.encoding}
-    compression = "gzip" if path.endswith(".gz") else None      # the name ends in .tmp until all is on disk
-    replace_file(path, lambda beside: text.to_csv(beside, compression=compression, **options))
+        options = {"index": has_row_names(text), "index_label": False, "header": header,
+                   "sep": args.sep, "encoding": args.encoding}
+    if path.endswith(".gz"):
+        options["compression"] = "gzip"                     # the name ends in .tmp until all is on disk
+    replace_file(path, lambda beside: text.to_csv(beside, **options))
+    if args.intervals:
+        lines = pd.concat([pd.DataFrame(), *lines])         # there may be none
+        replace_file(args.intervals, lambda beside: lines.to_csv(beside, index=False))
+    print("wrote", path, args.intervals or "")
 
 
 # -----------------------------------------------------------------------------
@@ -777,10 +785,10 @@ def simulate_sensors(n_rows=40_000, seed=0):
     def lagged(x, tau):             # what a thermometer in a thick pipe reads
         return pd.Series(x).ewm(alpha=1 - np.exp(-1 / tau), adjust=False).mean().to_numpy()
 
-    def noise(scale, tau=0.01):     # of standard deviation `scale`, it forgets itself over tau rows; 0.01: at once
-        burn_in, decay = int(8 * tau), np.exp(-1 / tau)
-        white = rng.standard_normal(n_rows + burn_in)
-        return scale * np.sqrt((1 + decay) / (1 - decay)) * lagged(white, tau)[burn_in:]
+    def noise(scale, tau=0.01):     # of this standard deviation; forgets itself over tau rows, 0.01: at once
+        decay = np.exp(-1 / tau)
+        white = rng.standard_normal(n_rows + int(8 * tau))
+        return scale * np.sqrt((1 + decay) / (1 - decay)) * lagged(white, tau)[-n_rows:]
 
     # a mode lasts five minutes on average, a set-point two; both jump
     modes = np.array(["idle", "production", "boost", "flush"])
@@ -857,9 +865,10 @@ def simulate_planets(n_systems=3000, seed=0):
     step = rng.uniform(15, 24, n) / (rows - 1)                  # a planet at distance 1 goes round in 2 pi
     time = step[system] * frame["time_step"].to_numpy()
     for i in range(5):
-        axis, ecc = a[i, system], e[i, system]
+        axis = a[i, system]
+        ecc = e[i, system]
         mean = start[i, system] + time * np.sqrt((1 + 1e-5 * m[i, system]) / axis ** 3)
-        angle = mean                                            # Kepler's equation: angle - e sin(angle) = mean
+        angle = mean                                        # Kepler's equation: angle - e sin(angle) = mean
         for _ in range(5):                                      # by Newton's method
             angle = angle - (angle - ecc * np.sin(angle) - mean) / (1 - ecc * np.cos(angle))
         planet = {"x": axis * (np.cos(angle) - ecc), "y": axis * np.sqrt(1 - ecc ** 2) * np.sin(angle),
@@ -923,17 +932,17 @@ def print_table(title, means):
 def print_errors(title, errors, schema, cases=None):
     """Tables of numbers and of categories: some cases (None: each), and the mean of all. Returns {method:
     {measure: [a mean for each case]}}."""
-    tables = {"mse": mean_errors(errors, schema.numeric, "square", "case"),
-              "mae": mean_errors(errors, schema.numeric, "absolute", "case"),
-              "accuracy": 1 - mean_errors(errors, schema.categorical, "absolute", "case")}
-    for measure, heading in (("mse", "mean squared error, scaled"), ("accuracy", "accuracy of categories")):
-        means = tables[measure]
+    mse = mean_errors(errors, schema.numeric, "square", "case")
+    mae = mean_errors(errors, schema.numeric, "absolute", "case")
+    accuracy = 1 - mean_errors(errors, schema.categorical, "absolute", "case")
+    for means, heading in ((mse, "mean squared error, scaled"), (accuracy, "accuracy of categories")):
         print_table(f"{title}: {heading}", means[cases or list(means)].assign(mean=means.mean(axis=1)))
     kept = {}
-    for method in errors["method"].unique():
-        rows = {measure: means.loc[method].astype(object) for measure, means in tables.items()}
-        kept[method] = {measure: row.where(row.notna(), None).tolist() for measure, row in rows.items()}
-    return kept                                             # None for NaN, which json does not know
+    for method in mse.index:
+        rows = pd.DataFrame({"mse": mse.loc[method], "mae": mae.loc[method]})
+        rows["accuracy"] = accuracy.loc[method]
+        kept[method] = rows.astype(object).where(rows.notna(), None).to_dict("list")    # json knows no NaN
+    return kept
 
 
 def own_errors(errors, schema):
@@ -949,7 +958,7 @@ def own_errors(errors, schema):
 COLORS = {"seen": "black", "truth": "black", "model": "#0072B2", "linear": "#E69F00", "last": "#009E73",
           "season": "#CC79A7", "mean": "#999999", "gauss": "#D55E00", "ar": "#D55E00", "val": "#0072B2",
           "train": "#999999"}               # for the eyes of all (Okabe 2008)
-MARKS = {"seen": ".", "truth": "o"}         # the rest is crosses: a line would claim to know what lies between
+MARKS = {"seen": ".", "truth": "o"}         # the rest is crosses: a line would claim to know what is between
 
 
 def new_figure(path, lines, columns, size):
@@ -974,36 +983,39 @@ def draw_lines(path, frame, xlabel, ylabel):
         figure.savefig(path, dpi=120)
 
 
-def draw_windows(path, schema, batch, asked, guesses):
-    """Windows of a Batch: what was seen, what was asked, (B, T, F) bool, and {method: guesses (B, T, N)}, in
-    own units. Columns called _x and _y are drawn in the plane, else the four of window 0 that move most, over
-    rows."""
+def draw_windows(path, schema, batch, asked, guesses, band):
+    """Windows of a Batch in own units: what was seen, what was asked, (B, T, F) bool, {method: guesses (B, T,
+    N)}, and the model's band from low to high, (2, B, T, N). Columns called _x and _y are drawn in the plane,
+    without it; else the four columns of window 0 over rows that move and were asked for most."""
     names = schema.numeric
     observed = batch.observed[..., :len(names)]
     asked = asked[..., :len(names)] & observed
-    planes = [(j, names.index(name[:-1] + "y")) for j, name in enumerate(names)
-              if name.endswith("_x") and name[:-1] + "y" in names]
-    if planes:                                              # the rivals would hide the orbits
-        guesses = {"model": guesses["model"]}
     layers = {"seen": (batch.numeric, observed & ~asked), "truth": (batch.numeric, asked)}
     layers.update({method: (numbers, asked) for method, numbers in guesses.items()})
-    spread = (batch.numeric[0].amax(dim=0) - batch.numeric[0].amin(dim=0)) * asked[0].any(dim=0)      # (N,)
-    panels = [(0, [(None, j)]) for j in spread.argsort(descending=True)[:4].tolist()]
-    if planes:
+    planes = [(names.index(name[:-1] + "x"), j) for j, name in enumerate(names)
+              if name.endswith("_y") and name[:-1] + "x" in names]
+    if planes:                                              # the rivals would hide the orbits
+        layers = {name: layers[name] for name in ("seen", "truth", "model")}
         panels = [(b, planes) for b in range(len(asked))]
         figure, axes = new_figure(path, 1, len(panels), (9, 3.2))
     else:
+        spread = (batch.numeric[0].amax(dim=0) - batch.numeric[0].amin(dim=0)) * asked[0].sum(dim=0)    # (N,)
+        panels = [(0, [(None, j)]) for j in spread.argsort(descending=True)[:4].tolist()]
         figure, axes = new_figure(path, max(1, len(panels)), 1, (9, 1 + 1.7 * len(panels)))
     for axis, (b, curves) in zip(axes, panels):
         for method, (numbers, here) in layers.items():
             own = numbers[b] * torch.tensor(schema.scale) + torch.tensor(schema.center)     # (T, N)
+            own = own.masked_fill(~here[b], np.nan)         # is not drawn
             for x, y in curves:
-                rows = here[b, :, y]
-                across = torch.arange(len(rows)) if x is None else own[:, x]
-                label = method if y == curves[0][1] else None
-                axis.plot(across[rows], own[rows, y], MARKS.get(method, "x"), color=COLORS[method], ms=5, mfc="none",
-                          label=label)
-        axis.set(aspect="equal" if planes else "auto", ylabel=names[y].replace("$", r"\$"))       # no TeX
+                across = range(len(own)) if x is None else own[:, x]
+                axis.plot(across, own[:, y], MARKS.get(method, "x"), color=COLORS[method], ms=5, mfc="none",
+                          label=method if y == curves[0][1] else None)
+        if planes:
+            axis.set(aspect="equal")
+        else:
+            low, high = band[:, b, :, y] * schema.scale[y] + schema.center[y]
+            axis.fill_between(range(len(low)), low, high, asked[b, :, y], color=COLORS["model"], alpha=0.2)
+            axis.set(ylabel=names[y].replace("$", r"\$"))                       # no TeX
     if axes and panels:
         figure.legend(*axes[0].get_legend_handles_labels(), ncols=6, loc="outside upper left", frameon=False)
     if figure:
@@ -1011,7 +1023,7 @@ def draw_windows(path, schema, batch, asked, guesses):
 
 
 # -----------------------------------------------------------------------------
-# flags, and what this file prints when run by itself
+# flags
 
 def number(kind, low, high=2.0 ** 53, inside=False):
     """An argparse type: an int or a float from low to high (inside: without the ends)."""
@@ -1040,7 +1052,7 @@ def make_parser(doc, script, source):
                                      formatter_class=Formatter, allow_abbrev=False)
     add = parser.add_argument
     add("--data", default=source, help=f".csv, .csv.gz, .parquet, or simulated: {', '.join(SIMULATIONS)}")
-    add("--sep", default=",", help="between the cells of a .csv")
+    add("--sep", type=lambda text: text.replace("\\t", "\t"), default=",", help="between the cells of a .csv")
     add("--decimal", default=".", help="point or comma")
     add("--thousands", help="between groups of three digits")
     add("--encoding", default="utf-8", help="of a .csv")
@@ -1058,8 +1070,6 @@ def make_parser(doc, script, source):
     add("--drop_cols", nargs="+", default=[], help="columns to leave out")
     add("--split", type=number(float, 0), nargs=3, default=[0.7, 0.15, 0.15],
         help="train, val, test: fractions, or counts of rows in order of time (of groups, shuffled)")
-    add("--scaler", choices=["standard", "robust", "none"], default="standard",
-        help="by mean and std, by median and IQR, or own units, only centred")
     add("--clip", type=number(float, 0, inside=True), default=10.0,
         help="what enters the network is cut to +- this, and what lies beyond is not asked for")
     add("--seq_len", type=number(int, 1), default=96, help="T, rows of a window")
@@ -1091,6 +1101,8 @@ def add_loop_flags(add, script, max_steps):
     add("--seed", type=count, default=0, help="of weights, batches and masks")
     add("--eval_every", type=size, default=100, help="steps between evaluations (and saves)")
     add("--eval_stride", type=size, help="rows between test windows (None: seq_len // 4)")
+    add("--intervals", metavar="FILE", help="to this .csv a line a cell that is filled or forecast: how sure")
+    add("--coverage", type=number(float, 0, 1, inside=True), default=0.9, help="of intervals")
     add("--log_every", type=size, default=10, help="steps between log lines")
     add("--out_dir", default=f"out/{script}", help="for checkpoints, tables and pictures")
     add("--resume", action="store_true", help="go on from out_dir/last.pt, with its flags")
@@ -1102,7 +1114,8 @@ def parse(parser, argv, script):
     checkpoint = None
     if args.resume:
         checkpoint = load_checkpoint(f"{args.out_dir}/last.pt", script)
-        parser.set_defaults(**{**checkpoint["args"], "out_dir": args.out_dir})         # it may have been moved
+        kept = {**checkpoint["args"], "out_dir": args.out_dir}                  # it may have been moved
+        parser.set_defaults(**kept)
         args = parser.parse_args(argv)                      # a flag given now still wins
     if args.n_embd % (2 * args.n_head):
         fail(f"--n_embd {args.n_embd} must be --n_head {args.n_head} times an even number")
@@ -1117,9 +1130,9 @@ def load_checkpoint(path, script):
         # first into main memory: a run that began on a GPU can go on without one
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         assert checkpoint["script"] == script
+        return checkpoint
     except Exception:               # half a file and a foreign one raise half a dozen kinds of error
         fail(f"{path}: cannot be read as a checkpoint of {script}.py")
-    return checkpoint
 
 
 def pick_device(args):
@@ -1139,6 +1152,9 @@ def pick_device(args):
         dtype = "bfloat16" if on_gpu else "float32"
     return torch.device(name), getattr(torch, dtype)
 
+
+# -----------------------------------------------------------------------------
+# what this file prints when run by itself
 
 def tiny_batch():
     """The tiny table as a Table whose rows are all train rows, and its two sequences as one Batch: what this
@@ -1164,45 +1180,47 @@ def show(schema, batch):
 
 
 def hole_runs(table):
-    """For each column the number of runs of holes in the train rows, and of holes, two (F,)."""
-    runs, holes = 0, 0
+    """For each column the number of holes in the train rows, and of runs of them, two (F,)."""
+    holes = 0
+    runs = 0
     for start, end in table.segments["train"].tolist():
         hole = ~table.observed[start:end]
-        hole = hole[~table.blank[start:end]]
-        begins = hole & ~torch.cat([torch.zeros_like(hole[:1]), hole[:-1]])
-        runs = runs + begins.sum(dim=0)
+        hole = hole[~table.blank[start:end]].int()
         holes = holes + hole.sum(dim=0)
-    return runs, holes
+        runs = runs + hole[:1].sum(dim=0) + (hole.diff(dim=0) > 0).sum(dim=0)
+    return holes, runs
 
 
 def default_span(table):
     """Mean rows of a run of holes in the train rows, at most T / 4; 12 where there are too few to tell."""
-    runs, holes = hole_runs(table)
-    holes = holes[table.learnt()].sum()
-    runs = runs[table.learnt()].sum()
-    span = 12.0 if runs < 20 else float(holes / runs)
+    learnt = torch.tensor(table.schema.learnt)
+    holes, runs = hole_runs(table)
+    holes = int(holes[learnt].sum())
+    runs = int(runs[learnt].sum())
+    span = 12.0 if runs < 20 else holes / runs
     return max(1.0, min(span, table.seq_len / 4))
 
 
-def far_value(x, stats):
-    """The smallest or largest value of a column, if it comes again and again, far from all others; else
-    None."""
-    for sign, value in ((1, stats.min), (-1, stats.max)):
-        x = np.sort(sign * x)
-        others = x[x > x[0] + 1e-6]
-        if len(x) - len(others) >= 5 and len(others) and others[0] - x[0] > others[-1] - others[0]:
-            return value
-    return None
-
-
 def absent_steps(table):
-    """How many steps of time have no row, and how many have several."""
-    missing, repeated = 0, 0
+    """How many steps of time have no row, and how many rows have the stamp of another."""
+    missing = 0
+    repeated = 0
     for start, end in table.segments["all"].tolist():
-        steps = table.time[start:end].diff()
-        missing += int((steps.round() - 1).clamp(min=0).sum())
-        repeated += int((steps == 0).sum())
+        own = table.axis.stamps.iloc[start:end]
+        distinct = own.nunique()
+        if distinct > 1:
+            steps = len(time_grid(own.min(), own.max(), None, time_step(own)))
+            missing += max(0, steps - distinct)
+        repeated += len(own) - distinct
     return missing, repeated
+
+
+def own_numbers(table, every=1):
+    """Every n-th row of the numeric columns in their own units, a DataFrame, NaN where there is none."""
+    schema = table.schema
+    missing = ~table.observed[::every, :len(schema.numeric)]
+    cells = table.numeric[::every].masked_fill(missing, np.nan)
+    return pd.DataFrame(cells.numpy(), columns=schema.numeric) * schema.scale + schema.center
 
 
 def find_hints(table, args):
@@ -1210,21 +1228,33 @@ def find_hints(table, args):
     schema = table.schema
     hints = []
     absent, repeated = absent_steps(table)
-    few = [name for name, labels in zip(schema.categorical, schema.vocabulary) if 1 < len(labels) <= 50]
-    if repeated > len(table.observed) / 2 and few and not args.group_col:
-        hints.append(f"the same stamps again and again: a long file? --group_col {few[0]}, or pivot it")
-    far = []
-    for j, name in enumerate(schema.numeric):
-        x = table.numeric[table.observed[:, j], j].numpy()
-        far.append(far_value(x, table.stats[name]) if len(x) else None)
-    for value in sorted(set(filter(None, far))):
-        if far.count(value) > 1:
-            hints.append(f"{far.count(value)} columns have {value:g} far from all else: no reading? "
-                         f"--na_values {value:g}")
-    unlike = unlike_groups(table)
-    if unlike:
-        hints.append(f"groups of very different size in {unlike[0]}: fill each by itself, or logarithms")
-    hints += [f"{name}: {kind.removeprefix('dropped: ')}" for name, kind in table.kinds.items() if "distinct" in kind]
+    few = [name for name, words in zip(schema.categorical, schema.vocabulary) if 1 < len(words) <= 50]
+    if repeated > len(table.observed) / 2 and not args.group_col:
+        label = (few or ["NAME"])[0]
+        hints.append(f"the same stamps again and again: a long file (--group_col {label}, or pivot it), or "
+                     "is the hour in another column (--time_col Date Hour)?")
+    for name in schema.numeric:
+        if re.search(NAMED_TIME, name) and not table.axis.columns and not args.group_col:
+            hints.append(f"{name} is taken for a number: is it the time? --time_col {name}")
+    numbers = own_numbers(table, every=1 + len(table.observed) // 100_000)
+    for sign in (1, -1):                                    # the smallest of each column, then the largest
+        numbers = sign * numbers
+        low = numbers.min()
+        others = numbers[numbers > low + 1e-6]
+        far = (others.min() - low > others.max() - others.min()) & (others.nunique() > 10)
+        far &= (numbers == low).sum() >= 5
+        for value, count in (sign * low[far]).map("{:g}".format).value_counts().items():
+            hints.append(f"{value} comes again and again, far from all else, in {count} column(s): missing? "
+                         f"--na_values {value}")
+    for name in unlike_groups(table)[:1]:
+        hints.append(f"groups of very different size in {name}: fill each by itself, or logarithms")
+    for name, words in zip(schema.categorical, schema.vocabulary):
+        digits = pd.Series(words, dtype=str).str.fullmatch(r"\D{0,2}\d[\d.,'\s]*\D?")
+        if len(words) > 20 and digits.mean() > 0.9 and name not in args.categorical_cols:
+            hints.append(f"{name}: are its texts numbers (such as {words[0]})? --thousands, --decimal")
+    for name, kind in table.kinds.items():
+        if "distinct" in kind:
+            hints.append(f"{name}: {kind}")
     if absent and not args.regular:
         hints.append(f"{absent:,} steps of time are absent: --regular puts a row of holes there")
     return hints[:3]
@@ -1232,22 +1262,24 @@ def find_hints(table, args):
 
 def describe(table, args):
     """Print what was understood, in at most 30 lines."""
-    schema, axis = table.schema, table.axis
-    runs, holes = hole_runs(table)
+    schema = table.schema
+    axis = table.axis
+    holes, runs = hole_runs(table)
+    numbers = own_numbers(table).agg(["min", "mean", "max"])
     lines = pd.DataFrame(index=schema.numeric + schema.categorical)
     lines["kind"] = [table.kinds[name] for name in lines.index]
     lines["holes"] = [f"{share:.1%}" for share in 1 - table.observed.double().mean(dim=0)]
     lines["mean run"] = [f"{length:.1f}" for length in holes / runs.clamp(min=1)]
-    lines["values"] = [f"{stats.min:.4g} to {stats.max:.4g}, mean {stats.mean:.4g}, {stats.repaired} no reading"
-                       for stats in table.stats.values()] + [", ".join(words[:6]) for words in schema.vocabulary]
+    values = [f"{low:.4g} to {high:.4g}, mean {mean:.4g}" for low, mean, high in numbers.T.to_numpy()]
+    lines["values"] = values + [", ".join(words[:6]) for words in schema.vocabulary]
     print(f"{args.data}: {len(table.observed):,} rows, clock: {', '.join(schema.cycles) or 'none'}")
     print(lines.to_string(max_rows=14, max_colwidth=70))
     others = {name: kind for name, kind in table.kinds.items() if name not in lines.index}
     print("other columns:", others or "none")
     if axis.columns:
         absent, repeated = absent_steps(table)
-        print(f"time: {' '.join(axis.columns)} as {' '.join(axis.patterns)}, {axis.stamps.min()} to {axis.stamps.max()}, "
-              f"step {time_step(axis.stamps)}, {absent:,} absent, {repeated:,} repeated")
+        print(f"time: {' '.join(axis.columns)} as {axis.pattern}, {axis.stamps.min()} to "
+              f"{axis.stamps.max()}, step {time_step(axis.stamps)}, {absent:,} absent, {repeated:,} repeated")
     for split in ("train", "val", "test"):
         segments = table.segments[split]
         print(f"{split}: {int(segments.diff(dim=1).sum()):,} rows, {len(segments)} sequence(s), "
@@ -1262,5 +1294,5 @@ if __name__ == "__main__":
     describe(load_table(args), args)
     if args.data in SIMULATIONS:
         table, batch = tiny_batch()
-        print(f"\nthe tiny table in its own units, and as one batch: scaled, categories as ids, ? where nothing is "
-              f"observed\n{tiny_table().to_string(index=False)}\n{show(table.schema, batch)}")
+        print("\nthe tiny table in its own units, and as one batch: scaled, categories as ids, ? = missing")
+        print(tiny_table().to_string(index=False), show(table.schema, batch), sep="\n")
