@@ -20,9 +20,10 @@ The transformer and its loss. One token is one row of the table.
     score     (B, T, F)     True = this cell counts in the loss
     attend    (B, 1, T, T)  True = this query may look at this key
 """
-import argparse
 import math
 import time
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from collections import OrderedDict
 from dataclasses import dataclass
 from typing import NamedTuple
 from unittest import mock
@@ -52,9 +53,6 @@ class Config:
     causal: bool = False        # False: a row sees all rows of its window. True: itself and the past
 
 
-# -----------------------------------------------------------------------------
-# the transformer
-
 def apply_rotary(x, rotary):
     """Turn pairs of channels of q or k (B, nh, T, hs) by an angle that grows with the row (Su 2021): in a
     product of the two only the difference of their angles is left, the distance of their rows."""
@@ -65,8 +63,7 @@ def apply_rotary(x, rotary):
 
 def plain_attention(q, k, v, attend=None):
     """softmax(q k^T / sqrt(hs)) v (Vaswani 2017): each row takes the mean of all values (B, nh, T, hs),
-    weighted by how well its query fits their keys. torch's fused kernel, used below, is tested against
-    this."""
+    weighted by how well its query fits their keys. The fused kernel used below is tested against this."""
     weight = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])                   # (B, nh, T, T)
     if attend is not None:
         weight = weight.masked_fill(~attend, float("-inf"))
@@ -74,7 +71,6 @@ def plain_attention(q, k, v, attend=None):
 
 
 class SelfAttention(nn.Module):
-
     def __init__(self, config):
         super().__init__()
         self.n_head = config.n_head
@@ -88,42 +84,34 @@ class SelfAttention(nn.Module):
         B, T, D = x.shape
         q, k, v = self.qkv(x).split(D, dim=2)                                   # (B, T, D) each
         # heads before rows: given (B, T, nh, hs) the kernel would attend over the heads, without complaint
-        q = q.view(B, T, self.n_head, -1).transpose(1, 2)                       # (B, nh, T, hs)
-        k = k.view(B, T, self.n_head, -1).transpose(1, 2)
-        v = v.view(B, T, self.n_head, -1).transpose(1, 2)
-        q = apply_rotary(q, rotary)
+        heads = B, T, self.n_head, D // self.n_head
+        q = q.view(heads).transpose(1, 2)                                       # (B, nh, T, hs)
+        k = k.view(heads).transpose(1, 2)
+        v = v.view(heads).transpose(1, 2)
+        q = apply_rotary(q, rotary)                                             # (B, nh, T, hs)
         k = apply_rotary(k, rotary)
         # fused, without the (T, T) weights (Dao 2022); a mask or is_causal, never both
         dropout = self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, attend, dropout, self.causal)
-        y = y.transpose(1, 2).reshape(B, T, D)
+        y = F.scaled_dot_product_attention(q, k, v, attend, dropout, self.causal)    # (B, nh, T, hs)
+        y = y.transpose(1, 2).reshape(B, T, D)                                  # the heads side by side
         return self.proj(y)
 
 
-class MLP(nn.Module):
-
-    def __init__(self, config):
-        super().__init__()
-        self.fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=False)
-        self.proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=False)
-
-    def forward(self, x):
-        return self.proj(F.gelu(self.fc(x)))                                    # (B, T, D)
-
-
 class Block(nn.Module):
-
     def __init__(self, config):
         super().__init__()
-        self.norm1 = nn.LayerNorm(config.n_embd)
+        D = config.n_embd
+        self.norm1 = nn.LayerNorm(D)
         self.attn = SelfAttention(config)               # moves things between rows
-        self.norm2 = nn.LayerNorm(config.n_embd)
-        self.mlp = MLP(config)                          # works on each row alone
+        self.norm2 = nn.LayerNorm(D)
+        fc = nn.Linear(D, 4 * D, bias=False)
+        proj = nn.Linear(4 * D, D, bias=False)
+        self.mlp = nn.Sequential(OrderedDict(fc=fc, gelu=nn.GELU(), proj=proj))     # works on each row alone
         self.drop = nn.Dropout(config.dropout)
 
     def forward(self, x, attend, rotary):
         # pre-norm: the stream itself is never normalised, so gradients pass through it untouched
-        x = x + self.drop(self.attn(self.norm1(x), attend, rotary))
+        x = x + self.drop(self.attn(self.norm1(x), attend, rotary))             # (B, T, D)
         x = x + self.drop(self.mlp(self.norm2(x)))
         return x
 
@@ -132,14 +120,14 @@ class RowEmbedding(nn.Module):
     """A row is the sum of its cells and its clock. A number is its value times a vector of its column, plus
     its step from the row before times another; a category is the vector of its id. Where nothing is known the
     base stands in, and the [MASK] vector of the column says so."""
-
     def __init__(self, config):
         super().__init__()
-        n_columns = config.n_numeric + len(config.vocab_sizes)
-        self.numbers = nn.Linear(2 * config.n_numeric + n_columns + config.n_clock, config.n_embd)
+        D = config.n_embd
+        sizes = config.vocab_sizes
+        n_columns = config.n_numeric + len(sizes)
+        self.numbers = nn.Linear(2 * config.n_numeric + n_columns + config.n_clock, D)
         # padding_idx keeps [UNK] at zero: a value never seen in training has taught us nothing
-        self.categories = nn.ModuleList(
-            nn.Embedding(size, config.n_embd, padding_idx=1) for size in config.vocab_sizes)
+        self.categories = nn.ModuleList(nn.Embedding(size, D, padding_idx=1) for size in sizes)
 
     def forward(self, values, steps, ids, known, clock):
         masked = (~known).type_as(values)                                       # (B, T, F)
@@ -147,7 +135,7 @@ class RowEmbedding(nn.Module):
         x = torch.cat([values, 4 * steps, masked, clock], dim=-1)               # (B, T, 2N + F + C)
         x = self.numbers(x)                                                     # (B, T, D)
         for k, embedding in enumerate(self.categories):
-            x = x + embedding(ids[..., k])
+            x = x + embedding(ids[..., k])                                      # (B, T, D)
         return x
 
 
@@ -156,41 +144,57 @@ def window_scale(numeric, known):
     spread counts one cell more than there are, at distance 1, the spread of the train rows: a constant window
     is not blown up, and one without known cells gets 0 and 1."""
     count = known.sum(dim=1, keepdim=True)                                      # (B, 1, N)
-    center = torch.where(known, numeric, 0.0).sum(dim=1, keepdim=True) / count.clamp(min=1)
-    square = torch.where(known, numeric - center, 0.0).square()                 # (B, T, N)
-    scale = (square.sum(dim=1, keepdim=True) + 1) / (count + 1)
-    return center, scale.sqrt()
+    total = torch.where(known, numeric, 0.0).sum(dim=1, keepdim=True)           # (B, 1, N)
+    center = total / count.clamp(min=1)
+    distance = torch.where(known, numeric - center, 0.0)                        # (B, T, N)
+    square = distance.square().sum(dim=1, keepdim=True)                         # (B, 1, N)
+    return center, ((square + 1) / (count + 1)).sqrt()
 
 
 class Prediction(NamedTuple):
     """What the model says of each cell."""
     numeric: torch.Tensor       # (B, T, N) float32
+    scale: torch.Tensor         # (B, T, N) float32, how far off it takes that to be, up to a factor a column
     logits: list                # K of (B, T, V_k - 2) float32, of the column's own values
 
-    def ids(self):
-        """The likeliest id of each categorical cell, (B, T, K) int64."""
+    def answer(self):
+        """The numbers, and the likeliest ids (B, T, K) int64, on the CPU."""
         ids = [logits.argmax(dim=-1, keepdim=True) + 2 for logits in self.logits]
-        return torch.cat([self.numeric[..., :0].long(), *ids], dim=-1)          # K may be 0
+        ids = torch.cat([self.numeric[..., :0].long(), *ids], dim=-1)           # K may be 0
+        return self.numeric.cpu(), ids.cpu()
+
+    def interval(self, factor, coverage):
+        """(4, B, T, F) on the CPU: the answer, its low and its high end, `factor` (N,) times the scale off,
+        and the probability that the truth is there; a category is its own two ends."""
+        numbers, ids = self.answer()
+        half = factor * self.scale.cpu()
+        chance = [logits.softmax(dim=-1).amax(dim=-1, keepdim=True).cpu() for logits in self.logits]
+        return torch.stack([torch.cat([numbers, ids], dim=-1),
+                            torch.cat([numbers - half, ids], dim=-1),
+                            torch.cat([numbers + half, ids], dim=-1),
+                            torch.cat([torch.full_like(half, coverage), *chance], dim=-1)])
 
 
 class TableTransformer(nn.Module):
     """masking.Inputs -> Prediction. The heads correct the base and start at zero: before its first step the
     model IS its base (a closed form, a straight line, the last row), and training is judged against that."""
-
     def __init__(self, config, closed_form=None):
         super().__init__()
         self.config = config
         self.closed_form = closed_form          # stays on the CPU, where create_inputs needs it
+        self.trust = 1.0                        # share of the correction that is used, see train_ar.fit_trust
         self.embed = RowEmbedding(config)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.norm = nn.LayerNorm(config.n_embd)
         self.numeric_head = nn.Linear(config.n_embd, config.n_numeric)
+        self.scale_head = nn.Linear(config.n_embd, config.n_numeric)
         self.class_heads = nn.ModuleList(nn.Linear(config.n_embd, size - 2) for size in config.vocab_sizes)
         hs = config.n_embd // config.n_head
         # base 100, not the 10,000 of language models: a window is about a hundred rows, not thousands
         frequency = 100.0 ** (-torch.arange(0, hs, 2) / hs)                     # (hs/2,)
         angle = torch.arange(config.seq_len)[:, None] * frequency               # (T, hs/2)
-        self.register_buffer("rotary", torch.polar(torch.ones_like(angle), angle), persistent=False)
+        rotary = torch.polar(torch.ones_like(angle), angle)                     # complex, of length 1
+        self.register_buffer("rotary", rotary, persistent=False)
         for name, p in self.named_parameters():
             if "head" in name or name == "embed.numbers.bias":
                 nn.init.zeros_(p)
@@ -203,32 +207,36 @@ class TableTransformer(nn.Module):
 
     def forward(self, inputs):
         T, N = inputs.numeric.shape[1:]
-        center, scale = 0.0, 1.0
+        values = inputs.numeric
+        unit = torch.ones_like(values)                                          # of the corrections
         if not self.config.causal:      # the level of the window would tell a causal model about its future
-            center, scale = window_scale(inputs.numeric, inputs.known[..., :N])
-        values = (inputs.numeric - center) / scale                              # (B, T, N)
+            center, unit = window_scale(values, inputs.known[..., :N])
+            values = (values - center) / unit                                   # (B, T, N)
         steps = F.pad(values.diff(dim=1), (0, 0, 1, 0))                         # the first is 0
         if self.config.causal and self.config.closed_base:
-            # the step that the base takes, and the level above the mean so far: absolute levels are learnt by heart
-            steps = inputs.base - inputs.numeric
-            count = torch.arange(1, T + 1, device=values.device)[:, None]
-            values = inputs.numeric - inputs.numeric.cumsum(dim=1) / count
-        x = self.embed(self.clip(values), self.clip(steps), inputs.categorical, inputs.known, inputs.clock)
+            # absolute levels are learnt by heart: the level above the mean so far, and the step of the base
+            steps = inputs.base - values
+            count = torch.arange(1, T + 1, device=values.device)[:, None]       # (T, 1)
+            values = values - values.cumsum(dim=1) / count                      # (B, T, N)
+        clip = self.config.clip
+        values = values.clamp(-clip, clip)
+        steps = steps.clamp(-clip, clip)
+        x = self.embed(values, steps, inputs.categorical, inputs.known, inputs.clock)       # (B, T, D)
         for block in self.blocks:
-            x = block(x, inputs.attend, self.rotary[:T])
+            x = block(x, inputs.attend, self.rotary[:T])                        # (B, T, D)
         x = self.norm(x)
         if inputs.deviation is not None:
-            scale = inputs.deviation
-        numeric = inputs.base + scale * self.numeric_head(x).float()            # (B, T, N)
+            unit = inputs.deviation
+        correction = unit * self.numeric_head(x).float()                        # (B, T, N)
+        numeric = inputs.base + self.trust * correction
+        # detached: nothing else is learnt for its sake, so to say how sure it is costs no accuracy
+        log_scale = self.scale_head(x.detach()).float().clamp(-10, 10)
+        scale = torch.where(unit > 0, unit, 1.0) * log_scale.exp()
         logits = []
         for k, head in enumerate(self.class_heads):
-            own = torch.arange(2, 2 + head.out_features, device=x.device)       # ids, (V_k - 2,)
-            lead = PRIOR_LOGIT * (inputs.base_ids[..., k:k + 1] == own)         # (B, T, V_k - 2)
-            logits.append(head(x).float() + lead)
-        return Prediction(numeric, logits)
-
-    def clip(self, values):
-        return values.clamp(-self.config.clip, self.config.clip)
+            is_base = F.one_hot(inputs.categorical[..., k], 2 + head.out_features)      # (B, T, V_k)
+            logits.append(head(x).float() + PRIOR_LOGIT * is_base[..., 2:])     # (B, T, V_k - 2)
+        return Prediction(numeric, scale, logits)
 
     def base_form(self):
         """The closed form, if it is the base that the heads correct."""
@@ -236,72 +244,70 @@ class TableTransformer(nn.Module):
 
     @torch.no_grad()
     def predict(self, batch):
-        """data.Batch, `observed` = what is known -> numbers (B, T, N) and likeliest ids (B, T, K), on the
-        CPU."""
+        """data.Batch, `observed` = what is known -> Prediction."""
         inputs = create_inputs(batch, self.config.causal, self.base_form())
-        prediction = self(move(inputs, self.rotary.device))
-        return prediction.numeric.cpu(), prediction.ids().cpu()
+        return self(move(inputs, self.rotary.device))
 
     def rollout(self, batch, clock, predict=None):
         """Say what comes next, append it, and go on from there, looking at the last T rows at most.
-
-        batch: histories of equal length; clock (B, steps, C): of the rows to come; predict: Batch ->
-        (numbers, ids), else the model's. Returns the Batch of the rows to come. A column without any value
-        gets none. """
-        predict = predict or self.predict
+        batch: histories of equal length; clock (B, steps, C): of the rows to come; predict: Batch -> numbers
+        and ids, else the model's. Returns the Batch of the rows to come; columns without values get none."""
+        predict = predict or (lambda shown: self.predict(shown).answer())
         N = batch.numeric.shape[-1]
         ever = batch.observed.any(dim=1, keepdim=True)                          # (B, 1, F)
         for now in clock.split(1, dim=1):                                       # (B, 1, C)
             # the whole window is run again for each row: no cache of keys and values, to stay readable
-            numeric, ids = predict(batch.rows(-self.config.seq_len, None))
+            numeric, ids = predict(batch.rows(-self.config.seq_len, None))      # (B, T, N), (B, T, K)
             row = Batch(numeric=numeric[:, -1:] * ever[..., :N], categorical=ids[:, -1:] * ever[..., N:],
                         observed=ever, valid=batch.valid[:, -1:], clock=now, time=batch.time[:, -1:] + 1)
             batch = Batch._make(torch.cat(pair, dim=1) for pair in zip(batch, row))
         return batch.rows(-clock.shape[1], None)
 
 
-# -----------------------------------------------------------------------------
-# the loss
-
 def count_scored(targets):
-    """masking.Targets -> (2,) float32: how many numeric and how many categorical cells are scored."""
+    """masking.Targets -> (3,) float32: how many cells each of the losses below is a sum over."""
     N = targets.numeric.shape[-1]
-    count = targets.score.sum(dim=(0, 1))                                       # (F,)
-    return torch.stack([count[:N].sum(), count[N:].sum()]).float()
+    numeric = targets.score[..., :N].sum()
+    categorical = targets.score[..., N:].sum()
+    return torch.stack([numeric, categorical, numeric]).float()
 
 
 def sum_losses(prediction, targets, base_rmse, loss="mse"):
-    """Sums over scored cells, (2,) float32: squared or Huber errors of numbers, cross-entropy of categories.
-
-    base_rmse (N,): the base's own error in each column; in these units a calm column weighs as much as a wild
-    one. Sums, so that the caller divides once, by the count of a whole step clamped to 1: the mean of no
-    cells is 0/0. """
+    """Sums over scored cells, (3,) float32: squared or Huber errors of numbers, cross-entropy of categories,
+    and of the scales the negative log-likelihood of the errors as they are (Laplace: no outlier rules it).
+    base_rmse (N,) is the base's own error; in these units a calm column weighs as much as a wild one. The
+    caller divides once, by the count of a whole step clamped to 1: the mean of no cells is 0/0."""
     N = targets.numeric.shape[-1]
     measure = {"mse": F.mse_loss, "huber": F.huber_loss}[loss]
-    error = measure(prediction.numeric / base_rmse, targets.numeric / base_rmse, reduction="none")
+    guess = prediction.numeric / base_rmse                                      # (B, T, N)
+    truth = targets.numeric / base_rmse
+    error = measure(guess, truth, reduction="none")                             # (B, T, N), of each cell
     # Targets hold no NaN, so torch.where is safe: what it drops has gradient 0; a dropped NaN has NaN
     numeric = torch.where(targets.score[..., :N], error, 0.0).sum()
-    categorical = numeric.new_zeros(())
+    categorical = torch.zeros_like(numeric)
     for k, logits in enumerate(prediction.logits):
         target = (targets.categorical[..., k] - 2).clamp(min=0)                 # unscored: any class will do
         error = F.cross_entropy(logits.transpose(1, 2), target, reduction="none")       # (B, T)
         categorical = categorical + torch.where(targets.score[..., N + k], error, 0.0).sum()
-    return torch.stack([numeric, categorical])
+    off = (prediction.numeric.detach() - targets.numeric).abs().clamp(min=1e-4)     # a constant is never off
+    nll = off / prediction.scale + prediction.scale.log()
+    scale = torch.where(targets.score[..., :N], nll, 0.0).sum()
+    return torch.stack([numeric, categorical, scale])
 
 
 # ---- the rest can be skipped at first reading
 
 def explain_non_finite(model, examples, windows, names):
     """Where a non-finite gradient may come from, in lines. examples: (shown, Inputs, Targets) of each forward
-    pass of the step; windows: the rows that each was cut from, as in Table.sample; names: of the numeric
-    columns."""
+    pass; windows: the rows of each, as in Table.sample; names: of the numeric columns."""
     for (_, inputs, _), rows in zip(examples, windows):
-        known = torch.where(inputs.known[..., :len(names)], inputs.numeric, 0.0)                # (B, T, N)
-        size = torch.where(known.isfinite(), known.abs(), math.inf)
-        for j in size.amax(dim=(0, 1)).argsort(descending=True)[:3].tolist():
-            b, t = divmod(int(size[..., j].argmax()), size.shape[1])
-            row = int(rows[b, 0]) + t
-            yield f"{names[j]}: up to {size[b, t, j]:.3g} scaled, in row {row} of the sorted table"
+        known = inputs.known[..., :len(names)]
+        size = torch.where(known, inputs.numeric.abs(), 0.0)                    # (B, T, N)
+        size[size.isnan()] = math.inf                                           # a NaN is the largest of all
+        largest, place = size.flatten(0, 1).max(dim=0)                          # (N,) each
+        for j in largest.argsort(descending=True)[:3].tolist():
+            b, t = divmod(int(place[j]), known.shape[1])
+            yield f"{names[j]}: up to {largest[j]:.3g} scaled, in row {rows[b, 0] + t} of the sorted table"
     lost = [name for name, p in model.named_parameters() if not p.grad.isfinite().all()]
     yield f"gradients not finite: {', '.join(lost[:3])} ({len(lost)} parameters)"
     yield "look at these rows; try a lower --lr or --clip, more --warmup_steps, --dtype float32; --resume"
@@ -310,9 +316,9 @@ def explain_non_finite(model, examples, windows, names):
 def random_batch(B, T, N):
     """B windows of T rows of N random numbers, three quarters of them known."""
     known = torch.arange(B * T * N).view(B, T, N) % 4 > 0
-    return Batch(numeric=torch.randn(B, T, N), categorical=torch.zeros(B, T, 0, dtype=torch.long),
-                 observed=known, valid=known.any(dim=-1), clock=torch.zeros(B, T, 0),
-                 time=torch.arange(T).expand(B, T).float())
+    none = torch.zeros(B, T, 0)
+    return Batch(numeric=torch.randn(B, T, N), categorical=none.long(), observed=known,
+                 valid=known.any(dim=-1), clock=none, time=torch.arange(T).expand(B, T).float())
 
 
 def over_heads(q, k, v, *options, attend=F.scaled_dot_product_attention):
@@ -329,40 +335,43 @@ def find_leaks(causal, attention=F.scaled_dot_product_attention, T=12, N=3):
     batch = random_batch(1, T, N)
 
     def output(numeric):
-        return model(create_inputs(batch._replace(numeric=numeric), causal)).numeric[0].sum(dim=-1)     # (T,)
+        inputs = create_inputs(batch._replace(numeric=numeric), causal)
+        return model(inputs).numeric[0].sum(dim=-1)                             # (T,)
+
     with mock.patch.object(F, "scaled_dot_product_attention", attention):
-        gradient = torch.autograd.functional.jacobian(output, batch.numeric)[:, 0]                      # (T, T, N)
-    assert (gradient[:, ~batch.observed[0]] == 0).all(), "a hidden value reaches an output"
-    return (gradient != 0).any(dim=-1)
+        leaks = torch.autograd.functional.jacobian(output, batch.numeric)[:, 0] != 0    # (T, T, N)
+    assert not leaks[:, ~batch.observed[0]].any(), "a hidden value reaches an output"
+    return leaks.any(dim=-1)
 
 
+@torch.no_grad()
 def print_shapes():
     """Parameters by part, one forward pass shape by shape, and one hidden number to its loss."""
     table, batch = tiny_batch()
     N = len(table.schema.numeric)
-    model = TableTransformer(Config(N, table.schema.vocab_sizes(), seq_len=table.seq_len))
-    for name, part in model.named_modules():
-        if name and name < "blocks.1":                      # other blocks look alike
-            size = sum(p.numel() for p in part.parameters())
-            part.register_forward_hook(lambda _, __, y, name=name, size=size: print(
-                f"{name:<22}{tuple(y.shape)!s:<14}{size:>9,} parameters"))
+    model = TableTransformer(Config(N, table.schema.vocab_sizes(), n_layer=1))  # more blocks look alike
+    for name, part in list(model.named_modules())[1:]:
+        size = sum(p.numel() for p in part.parameters())
+        text = f"{name:<20}{size:>8,} parameters ->"
+        # text=text keeps the one of this part: the hooks run when the loop is long over
+        part.register_forward_hook(lambda _, __, y, text=text: print(text, tuple(y.shape)))
     hidden = create_masks(batch.observed, 0.3, step_generator(2))
     inputs = create_inputs(batch._replace(observed=batch.observed & ~hidden), causal=False)
-    with torch.no_grad():
-        prediction = model(inputs)
+    prediction = model(inputs)
     print("untrained, the prediction is the base:", torch.equal(prediction.numeric, inputs.base))
     b, t, j = hidden[..., :N].nonzero()[0].tolist()
-    truth, guess = float(batch.numeric[b, t, j]), float(prediction.numeric[b, t, j])
-    print(f"{table.schema.numeric[j]} in window {b}, row {t}, is hidden: truth {truth:.2f}, prediction {guess:.2f}, "
-          f"squared error {(truth - guess) ** 2:.3f}")
-    targets = Targets(batch.numeric, batch.categorical, hidden)
-    print("sums of the numeric and of the categorical loss:", sum_losses(prediction, targets, torch.ones(N)).tolist())
+    truth = batch.numeric[b, t, j]
+    guess = prediction.numeric[b, t, j]
+    print(f"{table.schema.numeric[j]} in window {b}, row {t}, is hidden: truth {truth:.2f}, "
+          f"prediction {guess:.2f}, squared error {(truth - guess) ** 2:.3f}")
+    sums = sum_losses(prediction, Targets(batch.numeric, batch.categorical, hidden), torch.ones(N))
+    print("sums of the numeric and of the categorical loss:", sums.tolist())
 
 
 def bench(device="cuda" if torch.cuda.is_available() else "cpu"):
     """The median time of 15 training steps: a mean would count the neighbours' work as ours."""
     for B, T, D, n_head in ((32, 96, 128, 4), (16, 256, 384, 6), (14, 1024, 128, 4)):
-        model = TableTransformer(Config(7, [], 0, T, 4, n_head, D)).to(device)
+        model = TableTransformer(Config(7, [], seq_len=T, n_head=n_head, n_embd=D)).to(device)
         optimizer = torch.optim.AdamW(model.parameters(), fused=True)
         inputs = move(create_inputs(random_batch(B, T, 7), causal=False), device)
         for dtype in (torch.float32, torch.bfloat16):
@@ -370,17 +379,17 @@ def bench(device="cuda" if torch.cuda.is_available() else "cpu"):
             for _ in range(15):
                 start = time.perf_counter()
                 with torch.autocast(device, dtype, enabled=dtype != torch.float32):
-                    prediction = model(inputs)
-                prediction.numeric.square().mean().backward()
+                    loss = model(inputs).numeric.square().mean()
+                loss.backward()
                 optimizer.step()
                 optimizer.zero_grad()
-                float(prediction.numeric.detach().sum())    # waits for a GPU
+                loss.item()                                 # waits for a GPU
                 times.append(1e3 * (time.perf_counter() - start))
             print(f"T {T}, B {B}, D {D}, {dtype}: {sorted(times)[7]:.1f} ms a step", flush=True)
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--leaks", action="store_true", help="who depends on whom, as a picture in text")
     parser.add_argument("--bench", action="store_true", help="how long a training step takes")
     args = parser.parse_args()
@@ -389,7 +398,7 @@ if __name__ == "__main__":
     elif args.leaks:
         print("a line an output row, 1 = it depends on this input row", find_leaks(False).int(), sep="\n")
         print("causal", find_leaks(True).int(), sep="\n")
-        print("causal, over the wrong axis: what is left comes from the base and from the step to the row before")
+        print("causal, over the wrong axis: what is left comes from the base and the step to the row before")
         print(find_leaks(True, over_heads).int())
     else:
         print_shapes()
