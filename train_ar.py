@@ -25,10 +25,11 @@ import torch
 import torch.distributed as dist
 
 from data import (Batch, Schema, add_errors, add_loop_flags, check_target, draw_lines, draw_windows, fail,
-                  find_hints, load_checkpoint, load_table, make_parser, mean_errors, next_rows, number, own_errors, parse,
-                  pick_device, print_errors, print_table, read_text, replace_file, spell, step_generator, write_text)
-from masking import (MOST_CELLS, Targets, autoregress, create_inputs, fit_autoregression, jitter, last_known, mix_up,
-                     move, scorable, train_sequences, within_clip)
+                  find_hints, load_checkpoint, load_table, make_parser, mean_errors, next_rows, number,
+                  own_errors, parse, pick_device, print_errors, print_table, read_text, replace_file,
+                  step_generator, write_cells, write_text)
+from masking import (MOST_CELLS, Targets, autoregress, create_inputs, fit_autoregression, jitter,
+                     last_known, mix_up, move, scorable, train_sequences, within_clip)
 from model import Config, TableTransformer, count_scored, explain_non_finite, sum_losses
 
 SCRIPT = "train_ar"
@@ -47,8 +48,8 @@ def get_parser():
     add("--mixup", type=number(float, 0, 1), default=0.0,
         help="a training window's numbers are up to this share those of another window")
     add("--base", choices=["closed", "last"],
-        help="what the model corrects: the closed form, or the last value (None: the closed form, but for three and "
-             "more groups, which may each have a law of its own)")
+        help="what the model corrects: the closed form, or the last value (None: the closed form, but for "
+             "three and more groups, which may each have a law of its own)")
     add("--given", type=size, default=10, help="rows of a test window that a roll-out starts from")
     add("--horizons", type=size, nargs="+", default=[1, 5, 10, 19],
         help="steps ahead at which a roll-out is judged")
@@ -91,6 +92,7 @@ def eval_cases(args):
 def fit_closed_form(table, args):
     """The matrix for masking.autoregress, from the train rows; None where it would be too large."""
     if not 0 < table.seq_len * len(table.schema.numeric) <= MOST_CELLS:
+        print("no closed form: --seq_len times the numeric columns is 0, or too large")
         return None
     return fit_autoregression(train_sequences(table), table.seq_len)
 
@@ -114,14 +116,62 @@ def baselines(shown, args, closed_form=None):
 # -----------------------------------------------------------------------------
 # what is done with the result
 
-def rollout_windows(table, args):
-    """Windows of the test split that hold the rows given and the rows asked for, as in Table.starts. Where
-    time is split the given ones may lie before the test rows; what is asked never does."""
-    windows = table.starts("test", args.eval_stride or max(1, table.seq_len // 4))
+def rollout_windows(table, split, steps, args):
+    """Windows of a split that hold the rows given and `steps` rows to ask for, as in Table.starts. Where time
+    is split the given ones may lie before the rows of the split; what is asked never does."""
+    windows = table.starts(split, args.eval_stride)
     if table.split_by_time:                                 # then the split begins seq_len rows early
         windows = windows + torch.tensor([table.seq_len - args.given, 0])
     # the last ones may be too near to the end of their sequence to be judged
-    return windows[windows[:, 1] - windows[:, 0] >= args.given + max(args.horizons)]
+    return windows[windows[:, 1] - windows[:, 0] >= args.given + steps]
+
+
+def fits(table, steps, args):
+    """Can a roll-out of so many rows be judged on val and on test?"""
+    windows = [rollout_windows(table, split, steps, args) for split in ("val", "test")]
+    return args.given + steps <= table.seq_len and min(map(len, windows)) > 0
+
+
+def given_and_asked(table, split, steps, args):
+    """Two Batches: what a roll-out is given, --given rows, and the `steps` rows that come next."""
+    windows = rollout_windows(table, split, steps, args)
+    windows = windows[::1 + len(windows) * (args.given + steps) // 16_384]      # every n-th: 16,384 rows fit
+    batch = table.batch(windows).rows(0, args.given + steps)
+    return batch.rows(0, args.given), batch.rows(args.given, None)
+
+
+def row_errors(ahead, asked):
+    """Of rows rolled out, two Batches -> (B, steps, F): |error| of numbers, 1 for a wrong category, NaN where
+    there is no right answer."""
+    off = (ahead.numeric - asked.numeric).abs()
+    wrong = ahead.categorical != asked.categorical
+    return torch.cat([off, wrong], dim=-1).masked_fill(~asked.observed, math.nan)
+
+
+def fit_trust(model, table, args):
+    """Set the share of the model's correction that is used in roll-outs to what val likes best; with 0 the
+    base goes on alone. What is better for one row can be worse after twenty."""
+    given, asked = given_and_asked(table, "val", max(args.horizons), args)
+    errors = {}
+    for model.trust in (1.0, 0.75, 0.5, 0.25, 0.0):
+        off = row_errors(model.rollout(given, asked.clock), asked)[..., :asked.numeric.shape[-1]]
+        errors[model.trust] = float(off.square().nanmean())
+    model.trust = min(errors, key=errors.get)
+    print(f"\nrolled out, {model.trust:.0%} of the model's correction is used, which val likes best")
+
+
+def fit_horizons(model, table, steps, args):
+    """How sure a roll-out is, from val, by rows ahead and column, two (steps, F): half the width within which
+    --coverage of its numbers lie (Stankeviciute 2021), 0 for categories; and the chance that it is right."""
+    given, asked = given_and_asked(table, "val", steps, args)
+    off = row_errors(model.rollout(given, asked.clock), asked)
+    half = off.nanquantile(args.coverage, dim=0)
+    half = torch.where(half.isnan(), math.inf, half)        # val has no such value: anything may come
+    chance = 1 - off.nanmean(dim=0)
+    N = asked.numeric.shape[-1]
+    half[:, N:] = 0.0
+    chance[:, :N] = args.coverage
+    return half, chance
 
 
 def prepare(table, args):
@@ -129,33 +179,36 @@ def prepare(table, args):
     come, without their values, and their clock; or None."""
     if args.base is None:
         args.base = "closed" if table.split_by_time else "last"
-    longest = max(args.horizons)
     if (args.season or 1) > args.given:
         fail(f"--season {args.season} looks back further than a roll-out's --given {args.given} rows")
-    if args.given + longest > table.seq_len or len(rollout_windows(table, args)) == 0:
-        fail(f"--given {args.given} rows and --horizons up to {longest} do not fit into windows of "
-             f"{table.seq_len} rows (--seq_len), or into the test split; --given 3 --horizons 3 is less")
-    if bool(args.forecast) != bool(args.to):
-        fail("--forecast (how many rows) and --to (into which file) go together")
+    if bool(args.forecast) != bool(args.to) or args.intervals and args.to in (None, args.intervals):
+        fail("--forecast (how many rows) and --to (into which file) go together, --intervals is one more")
+    # a short table is judged at what fits; only if nothing does it is refused
+    args.horizons = [h for h in args.horizons if h <= min(args.horizons) or fits(table, h, args)]
+    longest = max(args.horizons)
+    if args.intervals:
+        longest = max(longest, args.forecast)
+    if not fits(table, longest, args):
+        fail(f"--given {args.given} rows and {longest} to come (--horizons, and --forecast with --intervals) "
+             f"do not fit into windows of {table.seq_len} rows (--seq_len), or into the val or test split")
     if not args.forecast:
         return None
     check_target("--to", args.to, args.data)
+    check_target("--intervals", args.intervals, args.data)
     text = read_text(table, args)
     return text, *next_rows(table, text, args.forecast, args)
 
 
-def report_test(model, table, errors, args):
+def report_test(model, table, errors, factor, args):
     """Tables of the next row and of a roll-out, and a picture of it. Returns what results.json keeps."""
     schema = table.schema
+    numbers = schema.numeric
     if args.data == "planets":                              # what never changes is left out, and easy
-        places = [name for name in schema.numeric if name[-2:] in ("_x", "_y")]
-        errors = errors[errors["column"].isin(places + schema.categorical)]
+        numbers = [name for name in numbers if name[-2:] in ("_x", "_y")]
+        errors = errors[errors["column"].isin(numbers + schema.categorical)]
+    fit_trust(model, table, args)
     longest = max(args.horizons)
-    windows = rollout_windows(table, args)
-    windows = windows[::1 + len(windows) * (args.given + longest) // 16_384]    # every n-th: 16,384 rows fit
-    batch = table.batch(windows).rows(0, args.given + longest)
-    given = batch.rows(0, args.given)
-    future = batch.rows(args.given, None)
+    given, future = given_and_asked(table, "test", longest, args)
     targets = Targets(future.numeric, future.categorical, scorable(future))
     targets = within_clip(targets, future.numeric, args.clip)
     answers = {"model": model.rollout(given, future.clock)}
@@ -164,21 +217,29 @@ def report_test(model, table, errors, args):
                                       lambda shown: baselines(shown, args, model.closed_form)[name])
     lines = []
     for i in range(longest):
-        row = {name: (rows.numeric[:, i:i + 1], rows.categorical[:, i:i + 1]) for name, rows in answers.items()}
-        add_errors(lines, "rollout", i + 1, schema, Targets._make(x[:, i:i + 1] for x in targets), row)
+        said = {name: rows.rows(i, i + 1)[:2] for name, rows in answers.items()}        # numbers and ids
+        add_errors(lines, "rollout", i + 1, schema, Targets._make(x[:, i:i + 1] for x in targets), said)
     ahead = pd.concat(lines)
     ahead = ahead[ahead["column"].isin(errors["column"])]
     next_row = print_errors("next row", errors, schema)
     rolled = print_errors(f"rolled out from row {args.given}, rows ahead", ahead, schema, args.horizons)
     curve = mean_errors(ahead, schema.numeric, "square", "case").T
     draw_lines(f"{args.out_dir}/errors.png", curve, "rows ahead", "mean squared error, scaled")
-    some = slice(len(windows) // 2, len(windows) // 2 + 3)
+    half, _ = fit_horizons(model, table, longest, args)
+    off = row_errors(answers["model"], future)
+    inside = (off <= half).float().masked_fill(off.isnan(), math.nan).nanmean(dim=0)        # (longest, F)
+    inside = pd.DataFrame(inside.T, schema.numeric + schema.categorical, range(1, longest + 1))
+    print_table(f"rolled out, intervals of {args.coverage}: share of test cells inside, rows ahead",
+                inside.loc[numbers, args.horizons])
+    some = slice(len(given.valid) // 2, len(given.valid) // 2 + 3)
+    batch = Batch._make(torch.cat(pair, dim=1)[some] for pair in zip(given, future))
     asked = torch.arange(args.given + longest)[:, None] >= args.given           # (given + longest, 1)
     guesses = {}
     for name, rows in answers.items():
         guesses[name] = torch.cat([given.numeric, rows.numeric], dim=1)[some]
-    draw_windows(f"{args.out_dir}/window.png", schema, Batch._make(x[some] for x in batch),
-                 asked.expand_as(batch.observed)[some], guesses)
+    half = torch.nn.functional.pad(half[:, :len(schema.numeric)], (0, 0, args.given, 0))
+    draw_windows(f"{args.out_dir}/window.png", schema, batch, asked.expand_as(batch.observed), guesses,
+                 band=torch.stack([guesses["model"] - half, guesses["model"] + half]))
     test = {}
     for name in answers:
         ahead_mse = rolled[name]["mse"]
@@ -187,29 +248,34 @@ def report_test(model, table, errors, args):
     return {"horizons": args.horizons, "test": test}
 
 
-def write_result(model, table, prepared, errors, args):
-    """--forecast: the rows that come next in each sequence."""
+def write_result(model, table, prepared, errors, factor, args):
+    """--forecast: the rows that come next in each sequence; --intervals: and how sure each is."""
     if prepared is None:
         return
     text, rows, clock = prepared
     start, end = table.segments["all"].unbind(1)
     windows = torch.stack([torch.maximum(start, end - table.seq_len), end], dim=1)      # the last of each
     length = end - windows[:, 0]
-    parts = {}                                              # by sequence
+    shape = len(length), args.forecast, table.observed.shape[1]
+    value = torch.zeros(shape)
+    there = torch.zeros(shape, dtype=torch.bool)
     for n in length.unique().tolist():                      # histories of equal length go together
-        for some in (length == n).nonzero().flatten().split(256):
+        for some in (length == n).nonzero()[:, 0].split(256):
             ahead = model.rollout(table.batch(windows[some]).rows(0, n), clock[some])
-            for i, sequence in enumerate(some.tolist()):
-                parts[sequence] = ahead.numeric[i], ahead.categorical[i], ahead.observed[i]
-    numeric, ids, there = (torch.cat(x) for x in zip(*[parts[i] for i in range(len(length))]))
-    there = there & table.learnt()                          # no planet that was not there
-    values = [*numeric.T, *ids.T]                                               # F of (sequences * steps,)
+            value[some] = torch.cat([ahead.numeric, ahead.categorical], dim=-1)
+            there[some] = ahead.observed
+    there = (there & torch.tensor(table.schema.learnt)).flatten(0, 1)           # no planet that was not there
+    half = torch.zeros(shape[1:])
+    chance = half
+    if args.intervals:
+        half, chance = fit_horizons(model, table, args.forecast, args)
+    said = torch.stack([value, value - half, value + half, chance.expand_as(value)]).flatten(1, 2)
+    lines = []
     for j, name in enumerate(table.schema.numeric + table.schema.categorical):
-        if there[:, j].any():
-            cells = spell(table, name, values[j][there[:, j]], text, args, forecast=True)
-            rows.iloc[there[:, j].numpy(), rows.columns.get_loc(name)] = cells
-    write_text(args.to, rows, args)
-    print(f"wrote {args.to}: {args.forecast} rows of each of {len(length)} sequence(s)")
+        here = there[:, j].nonzero()[:, 0].numpy()
+        if len(here):
+            lines.append(write_cells(rows, here, name, said[:, here, j], table, text, args, forecast=True))
+    write_text(args.to, rows, lines, args)
 
 
 # ---- from here to the end train_mlm.py and train_ar.py are the same, line for line ----
@@ -226,8 +292,7 @@ def get_lr(step, args):
 
 
 def make_example(model, batch, args, generator, step=None, case=None):
-    """data.Batch -> what is shown of it, Batch; what the model sees of that, Inputs; what is asked,
-    Targets."""
+    """data.Batch -> what is shown (Batch), what the model sees of it (Inputs), what is asked (Targets)."""
     shown, targets = objective(batch, args, generator, step, case)
     inputs = create_inputs(shown, CAUSAL, model.base_form())
     return shown, inputs, within_clip(targets, inputs.base, args.clip)
@@ -238,51 +303,67 @@ def measure_base(model, table, args):
     near 1, says what share of the base's error is left, and a calm column weighs as much as a wild one."""
     generator = step_generator(0)
     batch = table.batch(table.sample("train", 64, generator))
-    square, count = 0.0, 0
-    for case in eval_cases(args).values():
+    lines = []
+    for (kind, name), case in eval_cases(args).items():
         _, inputs, targets = make_example(model, batch, args, generator, case=case)
-        score = targets.score[..., :inputs.base.shape[-1]]                      # (B, T, N)
-        error = torch.where(score, inputs.base - targets.numeric, 0.0)
-        square = square + error.square().sum(dim=(0, 1))
-        count = count + score.sum(dim=(0, 1))
-    rmse = (square / count.clamp(min=1)).sqrt()
-    return rmse.clamp(min=0.01)                             # a constant column has no error
+        add_errors(lines, kind, name, table.schema, targets, {"base": (inputs.base, inputs.categorical)})
+    square = mean_errors(pd.concat(lines), table.schema.numeric, "square", "column").loc["base"]
+    rmse = square[table.schema.numeric].fillna(0.0) ** 0.5
+    return torch.tensor(rmse.to_numpy()).float().clamp(min=0.01)        # a constant column has no error
 
 
 @torch.no_grad()
 def evaluate(model, table, split, stride, base_rmse, args, autocast):
-    """The model and every baseline on a whole split, the same windows and masks every time. Returns the two
-    losses, (2,), the mean over the cases, and the summed errors, see data.add_errors."""
+    """The model and every baseline on a whole split, the same windows and masks every time. Returns the mean
+    losses, (3,); the summed errors, see data.add_errors; and for each number asked its |error| / scale."""
     model.eval()                                            # no dropout, until the next step
-    device = base_rmse.device
-    losses, lines = torch.zeros(2), []
+    losses = torch.zeros(3)
+    lines = []
+    cells = []
     cases = eval_cases(args)
     for i, (kind, name) in enumerate(cases):
         generator = step_generator(0, i)                    # of its own: the same masks always
-        sums, counts = torch.zeros(2), torch.zeros(2)
+        sums = torch.zeros(3)
+        counts = torch.zeros(3)
         for windows in table.starts(split, stride).split(32):
             batch = table.batch(windows)
             shown, inputs, targets = make_example(model, batch, args, generator, case=cases[kind, name])
             with autocast:
-                prediction = model(move(inputs, device))
-            sums += sum_losses(prediction, move(targets, device), base_rmse, args.loss).cpu()
+                prediction = model(move(inputs, base_rmse.device))
+            sums += sum_losses(prediction, move(targets, base_rmse.device), base_rmse, args.loss).cpu()
             counts += count_scored(targets)
             # baselines see what the model saw, and answer for the same cells
-            answers = {"model": (prediction.numeric.cpu(), prediction.ids().cpu())}
-            answers.update(baselines(shown, args, model.closed_form))
+            answers = {"model": prediction.answer(), **baselines(shown, args, model.closed_form)}
             add_errors(lines, kind, name, table.schema, targets, answers)
+            score = targets.score[..., :prediction.numeric.shape[-1]]           # (B, T, N)
+            scale = prediction.scale.cpu()
+            ratio = (prediction.numeric.cpu() - targets.numeric).abs() / scale
+            cells.append(pd.DataFrame({"kind": kind, "column": score.nonzero()[:, 2],
+                                       "ratio": ratio[score], "scale": scale[score]}))
         losses += sums / counts.clamp(min=1) / len(cases)
-    return losses, pd.concat(lines)
+    return losses, pd.concat(lines), pd.concat(cells)
+
+
+def fit_intervals(val, test, schema, args):
+    """(N,) by which factor of its scale --coverage of a column's errors on val are off at most (conformal
+    prediction, Vovk 2005). val, test: cells of `evaluate`; prints how that goes on test."""
+    factor = val.groupby("column")["ratio"].quantile(args.coverage)
+    factor = factor.reindex(range(len(schema.numeric)), fill_value=1.0)
+    test = test.assign(inside=test["ratio"] <= test["column"].map(factor))
+    means = test.groupby(["column", "kind"])["inside"].mean().unstack()
+    means["width"] = 2 * factor * test.groupby("column")["scale"].mean() * schema.scale
+    print_table(f"intervals of {args.coverage}: share of test cells inside, and mean width, own units",
+                means.rename(index=dict(enumerate(schema.numeric))))
+    return torch.tensor(factor.to_numpy()).float()
 
 
 def build_model(table, args, checkpoint, device):
     """The model and its optimiser, new or as they were in the checkpoint."""
     schema = table.schema
     closed_form = checkpoint["closed_form"] if checkpoint else fit_closed_form(table, args)
-    config = Config(n_numeric=len(schema.numeric), vocab_sizes=schema.vocab_sizes(),
-                    n_clock=table.clock.shape[1], seq_len=table.seq_len, causal=CAUSAL,
-                    n_layer=args.n_layer, n_head=args.n_head, n_embd=args.n_embd,
-                    dropout=args.dropout, clip=args.clip,
+    config = Config(n_numeric=len(schema.numeric), vocab_sizes=schema.vocab_sizes(), causal=CAUSAL,
+                    n_clock=table.clock.shape[1], seq_len=table.seq_len, clip=args.clip,
+                    n_layer=args.n_layer, n_head=args.n_head, n_embd=args.n_embd, dropout=args.dropout,
                     closed_base=args.base == "closed" and closed_form is not None)
     torch.manual_seed(args.seed)                            # the weights; the same on all ranks
     model = TableTransformer(config, closed_form).to(device)
@@ -302,18 +383,19 @@ def build_model(table, args, checkpoint, device):
 
 
 def conclude(model, table, base_rmse, args, autocast, history, facts):
-    """The test split, read once, with the best weights. Returns its errors."""
+    """The test split, read once, with the best weights. Returns its errors, and the factor of intervals."""
     model.load_state_dict(load_checkpoint(f"{args.out_dir}/best.pt", SCRIPT)["model"])
-    stride = args.eval_stride or max(1, table.seq_len // 4)             # a cell is asked several times
-    _, errors = evaluate(model, table, "test", stride, base_rmse, args, autocast)
+    _, _, val = evaluate(model, table, "val", table.seq_len, base_rmse, args, autocast)
+    _, errors, test = evaluate(model, table, "test", args.eval_stride, base_rmse, args, autocast)
+    factor = fit_intervals(val, test, table.schema, args)
     results = {"script": SCRIPT, "data": args.data, "seed": args.seed, **facts,
-               **report_test(model, table, errors, args)}
+               **report_test(model, table, errors, factor, args)}
     text = json.dumps(results, indent=1)
     replace_file(f"{args.out_dir}/results.json", lambda path: Path(path).write_text(text))
     print_table("mean absolute error, own units", own_errors(errors, table.schema).dropna())
     log = pd.DataFrame(history, columns=["step", "train", "val"]).set_index("step")
     draw_lines(f"{args.out_dir}/loss.png", log, "step", "loss")
-    return errors
+    return errors, factor
 
 
 def main(argv=None):
@@ -327,11 +409,17 @@ def main(argv=None):
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)  # or it underflows
 
     table = load_table(args, schema=checkpoint and Schema(**checkpoint["schema"]))
+    args.seq_len = table.seq_len                            # a short table has shorter windows
+    args.eval_stride = args.eval_stride or max(1, table.seq_len // 4)           # each cell comes four times
     prepared = prepare(table, args)                         # what is to be written at the end
     raw, optimizer = build_model(table, args, checkpoint, device)
     base_rmse = measure_base(raw, table, args).to(device)                       # (N,)
-    weight = torch.tensor([1.0, args.category_weight], device=device)           # of the two losses
-    step, best, val, history = 0, math.inf, math.nan, []
+    # of the losses; that of the scales is Adam's to weigh, and must not count in the norm that is clipped
+    weight = torch.tensor([1.0, args.category_weight, 1e-3], device=device)
+    step = 0
+    best = math.inf
+    val = math.nan
+    history = []
     if checkpoint:
         step = checkpoint["step"]
         best = checkpoint["best"]
@@ -344,11 +432,9 @@ def main(argv=None):
         model = torch.nn.parallel.DistributedDataParallel(model)
     facts = {"n_params": sum(p.numel() for p in raw.parameters()), "steps": args.max_steps}
     if rank == 0:                                           # one process speaks and writes for all
-        print(f"{args.data}: {len(table.observed):,} rows; {facts['n_params']:,} parameters on {device}, {dtype}")
+        print(f"{args.data}: {len(table.observed)} rows, {facts['n_params']:,} parameters, {device} {dtype}")
         for hint in find_hints(table, args):
             print("hint:", hint)
-        if raw.closed_form is None:
-            print("no closed form: --seq_len times the numeric columns is 0, or too large")
 
     def save(name):
         state = {"script": SCRIPT, "args": vars(args), "schema": asdict(table.schema),
@@ -359,12 +445,12 @@ def main(argv=None):
         log = pd.DataFrame(history)
         replace_file(f"{args.out_dir}/log.csv", lambda path: log.to_csv(path, index=False))
 
-    since = time.perf_counter()
+    start = time.perf_counter()
     while True:
         # evaluate and save
         if rank == 0 and (step % args.eval_every == 0 or step >= args.max_steps):
-            losses, errors = evaluate(raw, table, "val", table.seq_len, base_rmse, args, autocast)
-            val = float(losses @ weight.cpu())              # what the training loss is made of
+            losses, errors, _ = evaluate(raw, table, "val", table.seq_len, base_rmse, args, autocast)
+            val = float(losses[:2] @ weight[:2].cpu())      # what the training loss is made of
             if history and history[-1]["step"] == step:
                 history[-1]["val"] = val                    # the row was logged before we knew
             mse = mean_errors(errors, table.schema.numeric, "square", "kind").mean(axis=1)
@@ -386,10 +472,10 @@ def main(argv=None):
         torch.manual_seed(generator.initial_seed())         # for dropout
         windows = [table.sample("train", args.batch_size, generator) for _ in range(args.grad_accum)]
         examples = [make_example(raw, table.batch(w), args, generator, step=step) for w in windows]
-        count = sum(count_scored(targets) for _, _, targets in examples).to(device)     # (2,)
+        count = sum(count_scored(targets) for _, _, targets in examples).to(device)     # (3,)
         if world > 1:
             dist.all_reduce(count)                          # scored cells of the whole step
-        loss = torch.zeros(2, device=device)
+        loss = torch.zeros(3, device=device)
         for _, inputs, targets in examples:
             with autocast:
                 prediction = model(move(inputs, device))
@@ -399,11 +485,10 @@ def main(argv=None):
             scaler.scale(losses @ weight * world).backward()            # ranks average, we want the sum
             loss += losses.detach()                         # without its graph, which would stay alive
         scaler.unscale_(optimizer)                          # or the clipping would see scaled gradients
-        # float16 overflows now and then, and its scaler leaves the step out; below 1 the model is at fault
-        must_be_finite = scaler.get_scale() <= 1
+        # float16 overflows now and then, and its scaler leaves the step out; its scale is 1 without float16
         try:
             norm = torch.nn.utils.clip_grad_norm_(raw.parameters(), args.grad_clip,
-                                                  error_if_nonfinite=must_be_finite)
+                                                  error_if_nonfinite=scaler.get_scale() <= 1)
         except RuntimeError:                                # stop BEFORE the step: the weights are sound
             if rank == 0:
                 save("last.pt")
@@ -420,21 +505,19 @@ def main(argv=None):
         if step % args.log_every == 0 or step in (1, args.max_steps):
             if world > 1:
                 dist.all_reduce(loss)                       # each rank holds its share of the mean
-            row = {"step": step, "train": float(loss @ weight), "val": val, "lr": lr, "norm": float(norm)}
-            history.append(row)
+            train = float(loss[:2] @ weight[:2])
+            history.append({"step": step, "train": train, "val": val, "lr": lr, "norm": float(norm)})
             if rank == 0:
-                now = time.perf_counter()
-                print(f"step {step:5d} | loss {row['train']:.4f} | lr {lr:.1e} | norm {norm:.2f} | "
-                      f"{now - since:.1f} s", flush=True)
-                since = now
+                print(f"step {step:5d} | loss {train:.4f} | lr {lr:.1e} | norm {norm:.2f} | "
+                      f"{time.perf_counter() - start:.0f} s", flush=True)
 
     if world > 1:
         dist.barrier()
         model = raw                                         # frees the wrapper before its process group
         dist.destroy_process_group()
     if rank == 0:
-        errors = conclude(raw, table, base_rmse, args, autocast, history, facts)
-        write_result(raw, table, prepared, errors, args)
+        errors, factor = conclude(raw, table, base_rmse, args, autocast, history, facts)
+        write_result(raw, table, prepared, errors, factor, args)
     return history
 
 

@@ -24,12 +24,13 @@ import pandas as pd
 import torch
 import torch.distributed as dist
 
-from data import (Schema, add_errors, add_loop_flags, check_target, default_span, draw_lines, draw_windows, fail,
-                  find_hints, gone, load_checkpoint, load_table, make_parser, mean_errors, number, own_errors, parse,
-                  pick_device, print_errors, print_table, read_text, replace_file, spell, step_generator, write_text)
+from data import (Schema, add_errors, add_loop_flags, check_target, default_span, draw_lines, draw_windows,
+                  fail, find_hints, gone, load_checkpoint, load_table, make_parser, mean_errors, number,
+                  own_errors, parse, pick_device, print_errors, print_table, read_text, replace_file,
+                  step_generator, write_cells, write_text)
 from masking import (MOST_CELLS, Targets, bert_style_masking, create_inputs, create_masks, fit_gaussian,
-                     gaussian_fill, get_mask_probability, interpolate, last_known, mix_up, move, nearest_category,
-                     scorable, train_sequences, within_clip)
+                     gaussian_fill, get_mask_probability, interpolate, last_known, mix_up, move,
+                     nearest_category, scorable, train_sequences, within_clip)
 from model import Config, TableTransformer, count_scored, explain_non_finite, sum_losses
 
 SCRIPT = "train_mlm"
@@ -65,7 +66,7 @@ def get_parser():
     add("--category_weight", type=number(float, 0), default=1.0,
         help="of the categorical cells' loss beside the numeric cells'")
     add("--fill", metavar="FILE", help="at the end write the table to this .csv, its holes filled")
-    parser.set_defaults(cycles=["day", "year"])             # neighbours tell the day of the week (README)
+    parser.set_defaults(cycles=["day", "year"])             # neighbours tell the day of the week
     add_loop_flags(add, SCRIPT, max_steps=1200)
     return parser
 
@@ -111,6 +112,7 @@ def eval_cases(args):
 def fit_closed_form(table, args):
     """The matrix for masking.gaussian_fill, from the train rows; None where it would be too large."""
     if not 0 < table.seq_len * len(table.schema.numeric) <= MOST_CELLS:
+        print("no closed form: --seq_len times the numeric columns is 0, or too large")
         return None
     return fit_gaussian(train_sequences(table), table.seq_len)
 
@@ -142,75 +144,74 @@ def prepare(table, args):
         fail(f"--mask_share {args.mask_share} and --random_share {args.random_share} exceed 1 together")
     if args.mask_span is None:
         args.mask_span = default_span(table)
+    if args.intervals and args.fill in (None, args.intervals):
+        fail("--intervals says how sure --fill is: give both, two files")
     if not args.fill:
         return None
     check_target("--fill", args.fill, args.data)
+    check_target("--intervals", args.intervals, args.data)
     return read_text(table, args)
 
 
-def report_test(model, table, errors, args):
+def report_test(model, table, errors, factor, args):
     """Tables of the test errors, and pictures. Returns what results.json keeps."""
     schema = table.schema
     runs = errors[errors["kind"] == "span"]
     test = {"cell": print_errors("single cells hidden", errors[errors["kind"] == "cell"], schema),
             "span": print_errors(f"runs of {args.mask_span:.3g} rows hidden", runs, schema)}
     curve = mean_errors(runs, schema.numeric, "square", "case").T
-    draw_lines(f"{args.out_dir}/errors.png", curve, "share of cells hidden, in runs", "mean squared error, scaled")
+    draw_lines(f"{args.out_dir}/errors.png", curve, "share of cells hidden, in runs", "mean squared error")
     windows = table.starts("test", table.seq_len)
     batch = table.batch(windows[len(windows) // 2:][:3])                        # from the middle of the split
     shown, targets = objective(batch, args, step_generator(0), case=(0.3, args.mask_span))
-    answers = {"linear": baselines(shown, args)["linear"], "model": model.predict(shown)}
-    guesses = {name: numbers for name, (numbers, _) in answers.items()}
-    draw_windows(f"{args.out_dir}/window.png", schema, batch, targets.score, guesses)
+    said = model.predict(shown).interval(factor, args.coverage)[..., :len(schema.numeric)]
+    line, _ = baselines(shown, args)["linear"]
+    guesses = {"linear": line, "model": said[0]}
+    draw_windows(f"{args.out_dir}/window.png", schema, batch, targets.score, guesses, band=said[1:3])
     return {"eval_mask_probs": args.eval_mask_probs, "mask_span": args.mask_span, "test": test}
 
 
-def predict_rows(model, table):
-    """What the model says of every row of the table: numbers (rows, N) and ids (rows, K)."""
-    numeric = torch.zeros_like(table.numeric)
-    ids = torch.zeros_like(table.categorical)
+def predict_rows(model, table, factor, args):
+    """What the model says of every row of the table, (4, rows, F), see Prediction.interval."""
+    said = torch.zeros(4, *table.observed.shape)
     first_rows = table.segments["all"][:, 0].tolist()
     T = table.seq_len
     for window in table.starts("all", max(1, T // 2)).split(1):                 # they overlap by half
-        batch = table.batch(window)
-        numbers, categories = model.predict(batch)
+        answer = model.predict(table.batch(window)).interval(factor, args.coverage)[:, 0]       # (4, T, F)
         first, end = window[0].tolist()
         # the window before has answered for the first quarter, where this one sees little of what came before
         start = first if first in first_rows else first + T // 4
         stop = min(first + T, end)
-        numeric[start:stop] = numbers[0, start - first:stop - first]
-        ids[start:stop] = categories[0, start - first:stop - first].int()
-    return numeric, ids
+        said[:, start:stop] = answer[:, start - first:stop - first]
+    return said
 
 
-def write_result(model, table, text, errors, args):
-    """--fill: the table with a value in every hole."""
+def write_result(model, table, text, errors, factor, args):
+    """--fill: the table with a value in every hole; --intervals: and how sure each is."""
     if text is None:
         return
-    numeric, ids = predict_rows(model, table)
+    said = predict_rows(model, table, factor, args)
     schema = table.schema
-    learnt = table.learnt().tolist()
-    values = [*numeric.T, *ids.T]                                               # F of (rows,)
     test = own_errors(errors[errors["kind"] == "span"], schema)
     filled = pd.DataFrame(columns=["cells", "model", "linear"])
+    lines = []
     for j, name in enumerate(schema.numeric + schema.categorical):
         holes = ~table.observed[:, j] & ~table.blank
-        if not learnt[j]:
+        if not schema.learnt[j]:
             print(f"{name} is left empty: the train rows have no value of it")
         elif holes.any():
-            cells = spell(table, name, values[j][holes], text, args)
-            text.iloc[holes.numpy(), text.columns.get_loc(name)] = cells
+            lines.append(write_cells(text, table.order[holes], name, said[:, holes, j], table, text, args))
             filled.loc[name] = [int(holes.sum()), *test.loc[name, ["model", "linear"]]]
     print_table("filled cells, and the mean error on test of runs as long as the holes, own units", filled)
+    unknown = filled.index[filled["model"].isna()]
+    if len(unknown):
+        print("not judged, for test has no values within --clip:", ", ".join(unknown))
     worse = filled.index[filled["model"] > filled["linear"]]
     if len(worse):
         print("straight lines did better on test in", ", ".join(worse))
     if table.blank.any():
         print(f"{int(table.blank.sum()):,} rows without a time or any value are left as they are")
-    if not args.regular:
-        text = text.iloc[table.order.argsort(kind="stable")]                    # the file's own order
-    write_text(args.fill, text, args)
-    print(f"wrote {args.fill}")
+    write_text(args.fill, text, lines, args)
 
 
 # ---- from here to the end train_mlm.py and train_ar.py are the same, line for line ----
@@ -227,8 +228,7 @@ def get_lr(step, args):
 
 
 def make_example(model, batch, args, generator, step=None, case=None):
-    """data.Batch -> what is shown of it, Batch; what the model sees of that, Inputs; what is asked,
-    Targets."""
+    """data.Batch -> what is shown (Batch), what the model sees of it (Inputs), what is asked (Targets)."""
     shown, targets = objective(batch, args, generator, step, case)
     inputs = create_inputs(shown, CAUSAL, model.base_form())
     return shown, inputs, within_clip(targets, inputs.base, args.clip)
@@ -239,51 +239,67 @@ def measure_base(model, table, args):
     near 1, says what share of the base's error is left, and a calm column weighs as much as a wild one."""
     generator = step_generator(0)
     batch = table.batch(table.sample("train", 64, generator))
-    square, count = 0.0, 0
-    for case in eval_cases(args).values():
+    lines = []
+    for (kind, name), case in eval_cases(args).items():
         _, inputs, targets = make_example(model, batch, args, generator, case=case)
-        score = targets.score[..., :inputs.base.shape[-1]]                      # (B, T, N)
-        error = torch.where(score, inputs.base - targets.numeric, 0.0)
-        square = square + error.square().sum(dim=(0, 1))
-        count = count + score.sum(dim=(0, 1))
-    rmse = (square / count.clamp(min=1)).sqrt()
-    return rmse.clamp(min=0.01)                             # a constant column has no error
+        add_errors(lines, kind, name, table.schema, targets, {"base": (inputs.base, inputs.categorical)})
+    square = mean_errors(pd.concat(lines), table.schema.numeric, "square", "column").loc["base"]
+    rmse = square[table.schema.numeric].fillna(0.0) ** 0.5
+    return torch.tensor(rmse.to_numpy()).float().clamp(min=0.01)        # a constant column has no error
 
 
 @torch.no_grad()
 def evaluate(model, table, split, stride, base_rmse, args, autocast):
-    """The model and every baseline on a whole split, the same windows and masks every time. Returns the two
-    losses, (2,), the mean over the cases, and the summed errors, see data.add_errors."""
+    """The model and every baseline on a whole split, the same windows and masks every time. Returns the mean
+    losses, (3,); the summed errors, see data.add_errors; and for each number asked its |error| / scale."""
     model.eval()                                            # no dropout, until the next step
-    device = base_rmse.device
-    losses, lines = torch.zeros(2), []
+    losses = torch.zeros(3)
+    lines = []
+    cells = []
     cases = eval_cases(args)
     for i, (kind, name) in enumerate(cases):
         generator = step_generator(0, i)                    # of its own: the same masks always
-        sums, counts = torch.zeros(2), torch.zeros(2)
+        sums = torch.zeros(3)
+        counts = torch.zeros(3)
         for windows in table.starts(split, stride).split(32):
             batch = table.batch(windows)
             shown, inputs, targets = make_example(model, batch, args, generator, case=cases[kind, name])
             with autocast:
-                prediction = model(move(inputs, device))
-            sums += sum_losses(prediction, move(targets, device), base_rmse, args.loss).cpu()
+                prediction = model(move(inputs, base_rmse.device))
+            sums += sum_losses(prediction, move(targets, base_rmse.device), base_rmse, args.loss).cpu()
             counts += count_scored(targets)
             # baselines see what the model saw, and answer for the same cells
-            answers = {"model": (prediction.numeric.cpu(), prediction.ids().cpu())}
-            answers.update(baselines(shown, args, model.closed_form))
+            answers = {"model": prediction.answer(), **baselines(shown, args, model.closed_form)}
             add_errors(lines, kind, name, table.schema, targets, answers)
+            score = targets.score[..., :prediction.numeric.shape[-1]]           # (B, T, N)
+            scale = prediction.scale.cpu()
+            ratio = (prediction.numeric.cpu() - targets.numeric).abs() / scale
+            cells.append(pd.DataFrame({"kind": kind, "column": score.nonzero()[:, 2],
+                                       "ratio": ratio[score], "scale": scale[score]}))
         losses += sums / counts.clamp(min=1) / len(cases)
-    return losses, pd.concat(lines)
+    return losses, pd.concat(lines), pd.concat(cells)
+
+
+def fit_intervals(val, test, schema, args):
+    """(N,) by which factor of its scale --coverage of a column's errors on val are off at most (conformal
+    prediction, Vovk 2005). val, test: cells of `evaluate`; prints how that goes on test."""
+    factor = val.groupby("column")["ratio"].quantile(args.coverage)
+    factor = factor.reindex(range(len(schema.numeric)), fill_value=1.0)
+    test = test.assign(inside=test["ratio"] <= test["column"].map(factor))
+    means = test.groupby(["column", "kind"])["inside"].mean().unstack()
+    means["width"] = 2 * factor * test.groupby("column")["scale"].mean() * schema.scale
+    print_table(f"intervals of {args.coverage}: share of test cells inside, and mean width, own units",
+                means.rename(index=dict(enumerate(schema.numeric))))
+    return torch.tensor(factor.to_numpy()).float()
 
 
 def build_model(table, args, checkpoint, device):
     """The model and its optimiser, new or as they were in the checkpoint."""
     schema = table.schema
     closed_form = checkpoint["closed_form"] if checkpoint else fit_closed_form(table, args)
-    config = Config(n_numeric=len(schema.numeric), vocab_sizes=schema.vocab_sizes(),
-                    n_clock=table.clock.shape[1], seq_len=table.seq_len, causal=CAUSAL,
-                    n_layer=args.n_layer, n_head=args.n_head, n_embd=args.n_embd,
-                    dropout=args.dropout, clip=args.clip,
+    config = Config(n_numeric=len(schema.numeric), vocab_sizes=schema.vocab_sizes(), causal=CAUSAL,
+                    n_clock=table.clock.shape[1], seq_len=table.seq_len, clip=args.clip,
+                    n_layer=args.n_layer, n_head=args.n_head, n_embd=args.n_embd, dropout=args.dropout,
                     closed_base=args.base == "closed" and closed_form is not None)
     torch.manual_seed(args.seed)                            # the weights; the same on all ranks
     model = TableTransformer(config, closed_form).to(device)
@@ -303,18 +319,19 @@ def build_model(table, args, checkpoint, device):
 
 
 def conclude(model, table, base_rmse, args, autocast, history, facts):
-    """The test split, read once, with the best weights. Returns its errors."""
+    """The test split, read once, with the best weights. Returns its errors, and the factor of intervals."""
     model.load_state_dict(load_checkpoint(f"{args.out_dir}/best.pt", SCRIPT)["model"])
-    stride = args.eval_stride or max(1, table.seq_len // 4)             # a cell is asked several times
-    _, errors = evaluate(model, table, "test", stride, base_rmse, args, autocast)
+    _, _, val = evaluate(model, table, "val", table.seq_len, base_rmse, args, autocast)
+    _, errors, test = evaluate(model, table, "test", args.eval_stride, base_rmse, args, autocast)
+    factor = fit_intervals(val, test, table.schema, args)
     results = {"script": SCRIPT, "data": args.data, "seed": args.seed, **facts,
-               **report_test(model, table, errors, args)}
+               **report_test(model, table, errors, factor, args)}
     text = json.dumps(results, indent=1)
     replace_file(f"{args.out_dir}/results.json", lambda path: Path(path).write_text(text))
     print_table("mean absolute error, own units", own_errors(errors, table.schema).dropna())
     log = pd.DataFrame(history, columns=["step", "train", "val"]).set_index("step")
     draw_lines(f"{args.out_dir}/loss.png", log, "step", "loss")
-    return errors
+    return errors, factor
 
 
 def main(argv=None):
@@ -328,11 +345,17 @@ def main(argv=None):
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)  # or it underflows
 
     table = load_table(args, schema=checkpoint and Schema(**checkpoint["schema"]))
+    args.seq_len = table.seq_len                            # a short table has shorter windows
+    args.eval_stride = args.eval_stride or max(1, table.seq_len // 4)           # each cell comes four times
     prepared = prepare(table, args)                         # what is to be written at the end
     raw, optimizer = build_model(table, args, checkpoint, device)
     base_rmse = measure_base(raw, table, args).to(device)                       # (N,)
-    weight = torch.tensor([1.0, args.category_weight], device=device)           # of the two losses
-    step, best, val, history = 0, math.inf, math.nan, []
+    # of the losses; that of the scales is Adam's to weigh, and must not count in the norm that is clipped
+    weight = torch.tensor([1.0, args.category_weight, 1e-3], device=device)
+    step = 0
+    best = math.inf
+    val = math.nan
+    history = []
     if checkpoint:
         step = checkpoint["step"]
         best = checkpoint["best"]
@@ -345,11 +368,9 @@ def main(argv=None):
         model = torch.nn.parallel.DistributedDataParallel(model)
     facts = {"n_params": sum(p.numel() for p in raw.parameters()), "steps": args.max_steps}
     if rank == 0:                                           # one process speaks and writes for all
-        print(f"{args.data}: {len(table.observed):,} rows; {facts['n_params']:,} parameters on {device}, {dtype}")
+        print(f"{args.data}: {len(table.observed)} rows, {facts['n_params']:,} parameters, {device} {dtype}")
         for hint in find_hints(table, args):
             print("hint:", hint)
-        if raw.closed_form is None:
-            print("no closed form: --seq_len times the numeric columns is 0, or too large")
 
     def save(name):
         state = {"script": SCRIPT, "args": vars(args), "schema": asdict(table.schema),
@@ -360,12 +381,12 @@ def main(argv=None):
         log = pd.DataFrame(history)
         replace_file(f"{args.out_dir}/log.csv", lambda path: log.to_csv(path, index=False))
 
-    since = time.perf_counter()
+    start = time.perf_counter()
     while True:
         # evaluate and save
         if rank == 0 and (step % args.eval_every == 0 or step >= args.max_steps):
-            losses, errors = evaluate(raw, table, "val", table.seq_len, base_rmse, args, autocast)
-            val = float(losses @ weight.cpu())              # what the training loss is made of
+            losses, errors, _ = evaluate(raw, table, "val", table.seq_len, base_rmse, args, autocast)
+            val = float(losses[:2] @ weight[:2].cpu())      # what the training loss is made of
             if history and history[-1]["step"] == step:
                 history[-1]["val"] = val                    # the row was logged before we knew
             mse = mean_errors(errors, table.schema.numeric, "square", "kind").mean(axis=1)
@@ -387,10 +408,10 @@ def main(argv=None):
         torch.manual_seed(generator.initial_seed())         # for dropout
         windows = [table.sample("train", args.batch_size, generator) for _ in range(args.grad_accum)]
         examples = [make_example(raw, table.batch(w), args, generator, step=step) for w in windows]
-        count = sum(count_scored(targets) for _, _, targets in examples).to(device)     # (2,)
+        count = sum(count_scored(targets) for _, _, targets in examples).to(device)     # (3,)
         if world > 1:
             dist.all_reduce(count)                          # scored cells of the whole step
-        loss = torch.zeros(2, device=device)
+        loss = torch.zeros(3, device=device)
         for _, inputs, targets in examples:
             with autocast:
                 prediction = model(move(inputs, device))
@@ -400,11 +421,10 @@ def main(argv=None):
             scaler.scale(losses @ weight * world).backward()            # ranks average, we want the sum
             loss += losses.detach()                         # without its graph, which would stay alive
         scaler.unscale_(optimizer)                          # or the clipping would see scaled gradients
-        # float16 overflows now and then, and its scaler leaves the step out; below 1 the model is at fault
-        must_be_finite = scaler.get_scale() <= 1
+        # float16 overflows now and then, and its scaler leaves the step out; its scale is 1 without float16
         try:
             norm = torch.nn.utils.clip_grad_norm_(raw.parameters(), args.grad_clip,
-                                                  error_if_nonfinite=must_be_finite)
+                                                  error_if_nonfinite=scaler.get_scale() <= 1)
         except RuntimeError:                                # stop BEFORE the step: the weights are sound
             if rank == 0:
                 save("last.pt")
@@ -421,21 +441,19 @@ def main(argv=None):
         if step % args.log_every == 0 or step in (1, args.max_steps):
             if world > 1:
                 dist.all_reduce(loss)                       # each rank holds its share of the mean
-            row = {"step": step, "train": float(loss @ weight), "val": val, "lr": lr, "norm": float(norm)}
-            history.append(row)
+            train = float(loss[:2] @ weight[:2])
+            history.append({"step": step, "train": train, "val": val, "lr": lr, "norm": float(norm)})
             if rank == 0:
-                now = time.perf_counter()
-                print(f"step {step:5d} | loss {row['train']:.4f} | lr {lr:.1e} | norm {norm:.2f} | "
-                      f"{now - since:.1f} s", flush=True)
-                since = now
+                print(f"step {step:5d} | loss {train:.4f} | lr {lr:.1e} | norm {norm:.2f} | "
+                      f"{time.perf_counter() - start:.0f} s", flush=True)
 
     if world > 1:
         dist.barrier()
         model = raw                                         # frees the wrapper before its process group
         dist.destroy_process_group()
     if rank == 0:
-        errors = conclude(raw, table, base_rmse, args, autocast, history, facts)
-        write_result(raw, table, prepared, errors, args)
+        errors, factor = conclude(raw, table, base_rmse, args, autocast, history, facts)
+        write_result(raw, table, prepared, errors, factor, args)
     return history
 
 
