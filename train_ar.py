@@ -68,9 +68,7 @@ def get_parser():
 
 def objective(batch, args, generator, step=None, case=None):
     """data.Batch -> what is shown of it, a Batch whose `observed` is what is known, and what is asked,
-    Targets.
-
-    Every row is asked for the row after it. In training, without `case`, what is seen is slightly off. """
+    Targets. Every row is asked for the row after it. In training, without `case`, what is seen is noisy."""
     if case is None and args.mixup:
         batch = mix_up(batch, args.mixup, generator)
     shown = batch
@@ -155,7 +153,7 @@ def fit_trust(model, table, args):
     errors = {}
     for model.trust in (1.0, 0.75, 0.5, 0.25, 0.0):
         off = row_errors(model.rollout(given, asked.clock), asked)[..., :asked.numeric.shape[-1]]
-        errors[model.trust] = float(off.square().nanmean())
+        errors[model.trust] = float(off.clamp(max=args.clip).square().nanmean())        # no spike decides
     model.trust = min(errors, key=errors.get)
     print(f"\nrolled out, {model.trust:.0%} of the model's correction is used, which val likes best")
 
