@@ -524,5 +524,5 @@ if __name__ == "__main__":
         main()
     except KeyboardInterrupt:
         out_dir = get_parser().parse_args().out_dir
-        print(f"\nstopped; the last save goes on: python {SCRIPT}.py --resume --out_dir {out_dir}", flush=True)
+        print(f"\nstopped; to go on: python {SCRIPT}.py --resume --out_dir {out_dir}", flush=True)
         os._exit(130)                                       # at once: threads may be at work
