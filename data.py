@@ -1117,7 +1117,7 @@ def parse(parser, argv, script):
         kept = {**checkpoint["args"], "out_dir": args.out_dir}                  # it may have been moved
         parser.set_defaults(**kept)
         args = parser.parse_args(argv)                      # a flag given now still wins
-    if args.n_embd % (2 * args.n_head):
+    if args.n_embd % (2 * args.n_head):                     # rotary turns the channels of a head in pairs
         fail(f"--n_embd {args.n_embd} must be --n_head {args.n_head} times an even number")
     return args, checkpoint
 

@@ -246,7 +246,7 @@ class TableTransformer(nn.Module):
     def predict(self, batch):
         """data.Batch, `observed` = what is known -> Prediction."""
         inputs = create_inputs(batch, self.config.causal, self.base_form())
-        return self(move(inputs, self.rotary.device))
+        return self(move(inputs, self.norm.weight.device))
 
     def rollout(self, batch, clock, predict=None):
         """Say what comes next, append it, and go on from there, looking at the last T rows at most.

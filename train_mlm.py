@@ -235,8 +235,8 @@ def make_example(model, batch, args, generator, step=None, case=None):
 
 
 def measure_base(model, table, args):
-    """(N,) root mean squared error of the base on some train windows, the unit of the numeric loss: it starts
-    near 1, says what share of the base's error is left, and a calm column weighs as much as a wild one."""
+    """(N,) root mean squared error of the base on some train windows, the unit of the numeric loss: it says
+    what share of the base's error is left, and a calm column weighs as much as a wild one."""
     generator = step_generator(0)
     batch = table.batch(table.sample("train", 64, generator))
     lines = []
