@@ -66,11 +66,11 @@ class Table:
     observed: torch.Tensor      # (rows, F) bool
     clock: torch.Tensor         # (rows, C) float32
     time: torch.Tensor          # (rows,) float64, in median steps
-    order: np.ndarray           # (rows,) which row of the file each was; beyond its end: of --regular
+    order: np.ndarray           # (rows,) which row of the file each was; beyond its end: of --regular.
+                                # Rows without a time come last, belong to no sequence, and stay as they are
     axis: "TimeAxis"            # its time stamps, and how the file writes them
     kinds: dict                 # column of the file -> what it was taken for
     seq_len: int                # T
-    blank: torch.Tensor         # (rows,) bool, True = a row without a time or any value, which stays as it is
     segments: dict              # split -> (S, 2) int64, [start, end) rows of S sequences that may be read;
                                 # "all" -> every sequence whole
     split_by_time: bool         # or whole groups are train, val or test
@@ -118,20 +118,19 @@ def load_table(args, frame=None, schema=None):
     frame = frame.reset_index(drop=True)                    # rows are known by their number alone
     kinds = infer_kinds(frame, args)
     axis = read_time(frame, kinds, args)
-    group = group_labels(frame, kinds)
-    blank = axis.stamps.isna()
-    if frame.shape[1] > 1:
-        blank |= frame.isna().all(axis=1)
+    group = pd.Series("", frame.index)                      # the label of the sequence of each row
+    for name in kinds:
+        if kinds[name] == "group":
+            group = labels(frame[name]).fillna("")
     if args.regular:
         frame, group, axis = insert_absent_rows(frame, group, axis, args)
-    # equal times keep their order; rows without a time belong nowhere, and stay as they are
-    keys = pd.DataFrame({"nowhere": axis.stamps.isna(), "group": group, "time": axis.stamps})
-    order = keys.sort_values(["nowhere", "group", "time"], kind="stable").index
+    # equal times keep their order
+    keys = pd.DataFrame({"group": group.where(axis.stamps.notna()), "time": axis.stamps})
+    order = keys.sort_values(["group", "time"], kind="stable").index
     if not order.is_monotonic_increasing:                   # a big table need not be held twice
         frame = frame.iloc[order]
     axis = axis._replace(stamps=axis.stamps.iloc[order])
-    placed = group.iloc[order][axis.stamps.notna().to_numpy()]
-    lengths = placed.groupby(placed).size().to_numpy()
+    lengths = keys.groupby("group").size().to_numpy()
     if len(lengths) == 0:
         fail(f"{args.data}: no row has a time in {' '.join(axis.columns)!r} (--time_col)")
     seq_len, segments, split_by_time = split_rows(lengths, args, schema)
@@ -144,7 +143,6 @@ def load_table(args, frame=None, schema=None):
     return Table(schema=schema, numeric=numeric, categorical=categorical, observed=observed,
                  clock=time_features(axis.stamps, schema.cycles, args), time=median_steps(axis, lengths),
                  order=order.to_numpy(), axis=axis, kinds=kinds, seq_len=seq_len,
-                 blank=torch.tensor(blank.reindex(order, fill_value=False).to_numpy()),
                  segments=segments, split_by_time=split_by_time)
 
 
@@ -246,17 +244,15 @@ def fit_scale(x):
 
 def split_counts(n, what, args):
     """--split -> how many of n rows (or groups) are train, val and test."""
-    train, val, test = args.split
+    counts = args.split
     if sum(args.split) <= 1 + 1e-6:                         # fractions; of a few groups none gets nothing
-        used = round(n * sum(args.split))
-        val = max(1, round(n * val))
-        test = max(1, round(n * test))
-        train = max(1, used - val - test)
-    counts = [int(train), int(val), int(test)]
-    if counts != [train, val, test] or min(counts) < 1 or sum(counts) > n:
+        val = max(1, round(n * args.split[1]))
+        test = max(1, round(n * args.split[2]))
+        counts = [max(1, round(n * sum(args.split)) - val - test), val, test]
+    if min(counts) < 1 or sum(counts) > n or any(count % 1 for count in counts):
         fail(f"{args.data}: --split {args.split} does not fit its {n} {what}: three fractions or counts, "
              "and at least one for each part")
-    return counts
+    return [int(count) for count in counts]
 
 
 def split_rows(lengths, args, schema=None):
@@ -414,14 +410,6 @@ def labels(column):
     return column.convert_dtypes().astype("string").astype(object)
 
 
-def group_labels(frame, kinds):
-    """(rows,) the label of the sequence that each row belongs to; without a group column all are one."""
-    for name in kinds:
-        if kinds[name] == "group":
-            return labels(frame[name]).fillna("")
-    return pd.Series("", index=frame.index)
-
-
 # -----------------------------------------------------------------------------
 # time
 
@@ -459,22 +447,18 @@ def parse_stamps(text, pattern):
 
 
 def guess_patterns(words):
-    """The patterns by which all of these words, a Series, read."""
+    """Patterns by which the first and the last of these words, a Series, read."""
     for pattern, looks in (("s", r"1\d{9}(?:\.\d+)?"), ("ms", r"1\d{12}(?:\.\d+)?"),
                            ("elapsed", r"\d+:\d\d(?::\d\d)?")):
         if words.str.fullmatch(looks).all():
             return [pattern]
     guesses = list(OTHER_PATTERNS)
-    for word in (words.iloc[0], words.iloc[-1]):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")                 # pandas says when it read a day as a month
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")                     # pandas says when it read a day as a month
+        for word in words.iloc[[0, -1]]:
             guesses += [guess_datetime_format(word), guess_datetime_format(word, dayfirst=True)]
-    fitting = []
-    for pattern in dict.fromkeys(filter(None, guesses)):
-        # nobody writes the year first and the month last, or points after the month first
-        if not re.match(r"%Y.%d|%m\.%d", pattern) and parse_stamps(words, pattern).notna().all():
-            fitting.append(pattern)
-    return fitting
+    # nobody writes the year first and the month last, or points after the month first
+    return [p for p in dict.fromkeys(guesses) if p and not re.match(r"%Y.%d|%m\.%d", p)]
 
 
 def read_columns(frame, columns, args):
@@ -483,17 +467,19 @@ def read_columns(frame, columns, args):
     text = labels(frame[columns[0]]).str.strip()
     for name in columns[1:]:
         text = text.str.cat(labels(frame[name]).str.strip(), sep=" ")
-    words = text.dropna().drop_duplicates()
-    patterns = []
+    words = text.dropna()
     if args.time_format:
         patterns = [args.time_format]
     elif len(columns) > 1 and {name.lower() for name in columns} <= YMD.keys():
         patterns = [" ".join(YMD[name.lower()] for name in columns)]
-    elif len(words):
-        patterns = guess_patterns(words.iloc[np.linspace(0, len(words) - 1, 100).astype(int)])
+    else:
+        patterns = guess_patterns(words) if len(words) else []
+    some = words.iloc[::1 + len(words) // 100]              # a quick look spares most of the patterns
     best = None
     merit = (-1.0, 0.0)
     for pattern in patterns:
+        if parse_stamps(some, pattern).isna().any():
+            continue
         stamps = parse_stamps(text, pattern)
         if not (stamps.isna() == text.isna()).all():        # some do not read so
             continue
@@ -513,14 +499,15 @@ def read_columns(frame, columns, args):
 def read_time(frame, kinds, args):
     """The TimeAxis of a frame. What looks like time and is not understood is refused."""
     columns = args.time_col or [name for name in kinds if kinds[name] == "time"]
-    if not columns:
-        return TimeAxis([], "number", pd.Series(np.arange(len(frame)), index=frame.index))
+    if not columns:                                         # the number of the row; a blank row has none
+        number = pd.Series(np.arange(len(frame), dtype=float), frame.index)
+        blank = frame.isna().all(axis=1) & (frame.shape[1] > 1)
+        return TimeAxis([], "number", number.mask(blank))
     first = frame[columns[0]]
-    is_number = pd.api.types.is_numeric_dtype(first) and not looks_like_time(first)
-    if len(columns) == 1 and (is_number or pd.api.types.is_datetime64_any_dtype(first)):
-        if is_number:                                       # without infinities and sentinels
-            first = pd.Series(clean_numbers(first, args), index=first.index)
-        return TimeAxis(columns, "number", first)           # sorts as it is, and is written as pandas does
+    if len(columns) == 1 and pd.api.types.is_datetime64_any_dtype(first):
+        return TimeAxis(columns, "number", first)           # is written as pandas does
+    if len(columns) == 1 and pd.api.types.is_numeric_dtype(first) and not looks_like_time(first):
+        return TimeAxis(columns, "number", pd.Series(clean_numbers(first, args), first.index))
     axis = read_columns(frame, columns, args)
     if axis is None and not args.time_col:                  # a date and a date of installation make no time
         kinds.update(dict.fromkeys(columns[1:], SECOND_TIME))
@@ -646,15 +633,17 @@ def is_written(args):
     return args.data not in SIMULATIONS and not args.data.endswith(".parquet")
 
 
+def scaled_numbers(table):
+    """The numeric columns as a DataFrame, NaN where there is no value."""
+    missing = ~table.observed[:, :len(table.schema.numeric)]
+    return pd.DataFrame(table.numeric.masked_fill(missing, np.nan).numpy(), columns=table.schema.numeric)
+
+
 def unlike_groups(table):
     """Columns that vary a thousand times more in one group than in another: the small one would drown."""
-    N = len(table.schema.numeric)
-    length = table.segments["all"].diff(dim=1).flatten()
-    if len(length) == 1:
-        return []
-    group = torch.arange(len(length)).repeat_interleave(length).numpy()
-    cells = table.numeric.masked_fill(~table.observed[:, :N], np.nan)[:len(group)]
-    groups = pd.DataFrame(cells.numpy(), columns=table.schema.numeric).groupby(group)
+    lengths = table.segments["all"].diff(dim=1).flatten()
+    group = np.repeat(np.arange(len(lengths)), lengths)
+    groups = scaled_numbers(table).iloc[:len(group)].groupby(group)
     spread = groups.max() - groups.min()                                        # (groups, N)
     unlike = spread.where(spread > 0).min() < 1e-3 * spread.max()
     return unlike.index[unlike].tolist()
@@ -1036,13 +1025,6 @@ def number(kind, low, high=2.0 ** 53, inside=False):
     return parse
 
 
-def gone(instead):
-    """An argparse type for a flag that is no more."""
-    def parse(text):
-        raise argparse.ArgumentTypeError(f"is gone: {instead}")
-    return parse
-
-
 def make_parser(doc, script, source):
     """A parser with the flags that say what the table is, for this file and the two training scripts."""
     # no config files: `--help` is the documentation, and a misspelt flag is an error
@@ -1058,8 +1040,7 @@ def make_parser(doc, script, source):
     add("--encoding", default="utf-8", help="of a .csv")
     add("--skiprows", type=int, nargs="+", help="lines of a .csv to leave out; the first is 0")
     add("--na_values", nargs="+", default=[], help="more words and numbers that mean a missing cell")
-    add("--read_csv", type=gone("use --sep, --decimal, --thousands, --encoding, --skiprows, --na_values"),
-        help="is gone")
+    add("--read_csv", choices=["--sep", "--decimal", "--skiprows", "--na_values"], help="is gone; use these")
     add("--time_col", nargs="+", default=[], help="to sort by; several are joined: Date Time")
     add("--time_format", help="such as '%%d.%%m.%%Y %%H:%%M' (None: found out)")
     add("--regular", action="store_true", help="a row of holes for each step that is absent")
@@ -1184,8 +1165,7 @@ def hole_runs(table):
     holes = 0
     runs = 0
     for start, end in table.segments["train"].tolist():
-        hole = ~table.observed[start:end]
-        hole = hole[~table.blank[start:end]].int()
+        hole = (~table.observed[start:end]).int()
         holes = holes + hole.sum(dim=0)
         runs = runs + hole[:1].sum(dim=0) + (hole.diff(dim=0) > 0).sum(dim=0)
     return holes, runs
@@ -1215,14 +1195,6 @@ def absent_steps(table):
     return missing, repeated
 
 
-def own_numbers(table, every=1):
-    """Every n-th row of the numeric columns in their own units, a DataFrame, NaN where there is none."""
-    schema = table.schema
-    missing = ~table.observed[::every, :len(schema.numeric)]
-    cells = table.numeric[::every].masked_fill(missing, np.nan)
-    return pd.DataFrame(cells.numpy(), columns=schema.numeric) * schema.scale + schema.center
-
-
 def find_hints(table, args):
     """What the table may be that it was not taken for: at most three sentences, each with the flag."""
     schema = table.schema
@@ -1236,7 +1208,8 @@ def find_hints(table, args):
     for name in schema.numeric:
         if re.search(NAMED_TIME, name) and not table.axis.columns and not args.group_col:
             hints.append(f"{name} is taken for a number: is it the time? --time_col {name}")
-    numbers = own_numbers(table, every=1 + len(table.observed) // 100_000)
+    numbers = scaled_numbers(table)[::1 + len(table.observed) // 100_000]
+    numbers = numbers * schema.scale + schema.center
     for sign in (1, -1):                                    # the smallest of each column, then the largest
         numbers = sign * numbers
         low = numbers.min()
@@ -1265,7 +1238,7 @@ def describe(table, args):
     schema = table.schema
     axis = table.axis
     holes, runs = hole_runs(table)
-    numbers = own_numbers(table).agg(["min", "mean", "max"])
+    numbers = scaled_numbers(table).agg(["min", "mean", "max"]) * schema.scale + schema.center
     lines = pd.DataFrame(index=schema.numeric + schema.categorical)
     lines["kind"] = [table.kinds[name] for name in lines.index]
     lines["holes"] = [f"{share:.1%}" for share in 1 - table.observed.double().mean(dim=0)]

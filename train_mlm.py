@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 
 from data import (Schema, add_errors, add_loop_flags, check_target, default_span, draw_lines, draw_windows,
-                  fail, find_hints, gone, load_checkpoint, load_table, make_parser, mean_errors, number,
+                  fail, find_hints, load_checkpoint, load_table, make_parser, mean_errors, number,
                   own_errors, parse, pick_device, print_errors, print_table, read_text, replace_file,
                   step_generator, write_cells, write_text)
 from masking import (MOST_CELLS, Targets, bert_style_masking, create_inputs, create_masks, fit_gaussian,
@@ -51,7 +51,7 @@ def get_parser():
     add("--mask_span", type=number(float, 1),
         help="mean rows of a hidden run; each training window draws its own, from single cells up to this "
              "(None: as long as the holes of the file)")
-    add("--mask_style", type=gone("--mask_span 1 hides single cells, --mask_span 12 runs"), help="is gone")
+    add("--mask_style", choices=["--mask_span 1", "--mask_span 12"], help="is gone; single cells, or runs")
     add("--mixup", type=share, default=0.0,
         help="a training window's numbers are up to this share those of another window")
     # a sentence model meets no [MASK] in use, so BERT shows true words as well; real holes ARE [MASK]
@@ -191,17 +191,18 @@ def write_result(model, table, text, errors, factor, args):
     if text is None:
         return
     said = predict_rows(model, table, factor, args)
+    placed = int(table.segments["all"].max())               # rows that belong to a sequence
     schema = table.schema
     test = own_errors(errors[errors["kind"] == "span"], schema)
     filled = pd.DataFrame(columns=["cells", "model", "linear"])
     lines = []
     for j, name in enumerate(schema.numeric + schema.categorical):
-        holes = ~table.observed[:, j] & ~table.blank
+        holes = (~table.observed[:placed, j]).nonzero()[:, 0]
         if not schema.learnt[j]:
             print(f"{name} is left empty: the train rows have no value of it")
-        elif holes.any():
+        elif len(holes):
             lines.append(write_cells(text, table.order[holes], name, said[:, holes, j], table, text, args))
-            filled.loc[name] = [int(holes.sum()), *test.loc[name, ["model", "linear"]]]
+            filled.loc[name] = [len(holes), *test.loc[name, ["model", "linear"]]]
     print_table("filled cells, and the mean error on test of runs as long as the holes, own units", filled)
     unknown = filled.index[filled["model"].isna()]
     if len(unknown):
@@ -209,8 +210,8 @@ def write_result(model, table, text, errors, factor, args):
     worse = filled.index[filled["model"] > filled["linear"]]
     if len(worse):
         print("straight lines did better on test in", ", ".join(worse))
-    if table.blank.any():
-        print(f"{int(table.blank.sum()):,} rows without a time or any value are left as they are")
+    if len(table.observed) > placed:
+        print(f"{len(table.observed) - placed:,} rows without a time or any value are left as they are")
     write_text(args.fill, text, lines, args)
 
 
