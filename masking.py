@@ -47,12 +47,11 @@ def move(tensors, device):
     return tensors._replace(**moved)
 
 
-# -----------------------------------------------------------------------------
-# what is hidden
+# ---- what is hidden
 
 def last_true(mask):
     """The row of the last True at or before each cell of mask (B, T, F) bool, in its column; -1 = none."""
-    rows = torch.arange(mask.shape[1], device=mask.device)[:, None]             # (T, 1)
+    rows = torch.arange(mask.shape[1])[:, None]                                 # (T, 1)
     return torch.where(mask, rows, -1).cummax(dim=1).values
 
 
@@ -64,8 +63,7 @@ def scorable(batch):
 
 
 def within_clip(targets, base, clip):
-    """Targets without the numbers that lie beyond the clip, or whose base (B, T, N) does: the network sees
-    numbers clipped, and cannot tell how far beyond."""
+    """Targets without numbers beyond the clip, or whose base (B, T, N) is: the network sees them clipped."""
     K = targets.categorical.shape[-1]
     inside = (targets.numeric.abs() <= clip) & (base.abs() <= clip)             # (B, T, N)
     score = targets.score & F.pad(inside, (0, K), value=True)
@@ -73,10 +71,10 @@ def within_clip(targets, base, clip):
 
 
 def create_masks(observed, mask_prob, generator, span=1.0):
-    """Choose which of the cells `observed` (B, T, F) to hide: `hidden` (B, T, F) bool, True = taken away.
-    mask_prob: the share to hide; span: the mean rows of a hidden run, for real holes come in runs (Zerveas
-    2021, section 3.3); each a float, or (B, 1, 1) for a value a window. A column is a chain of two states,
-    hidden or not. So are independent cells, whose runs have 1 / (1 - mask_prob) rows, the least there is."""
+    """Which of the cells `observed` (B, T, F) to hide: `hidden` (B, T, F) bool, True = taken away. mask_prob:
+    the share; span: the mean rows of a hidden run, as real holes come in runs (Zerveas 2021, section 3.3);
+    floats, or (B, 1, 1). A column is a chain of two states, hidden or not; so are independent cells, whose
+    runs have 1 / (1 - mask_prob) rows, the least there is."""
     p = torch.as_tensor(mask_prob)
     length = torch.maximum(torch.as_tensor(span), 1 / (1 - p))
     stay = 1 - 1 / length                       # a hidden cell is followed by another
@@ -93,18 +91,16 @@ def create_masks(observed, mask_prob, generator, span=1.0):
 def bert_style_masking(batch, hidden, generator, mask_share=0.8, random_share=0.1):
     """Make 80 % of the hidden cells unknown, give 10 % another value of their column, leave 10 % as they are
     (Devlin 2019, section 3.1). All are scored: a model that cannot tell which of the values it sees are true
-    must judge them all. (The scripts make all unknown unless told otherwise: a real hole is [MASK], too.)
-    Returns a Batch whose `observed` is what is shown; true or not, it counts as known from here on."""
-    # ONE number a cell decides. Two draws, "not masked", then "random", would have to be conditional
-    # probabilities; whoever writes 0.8 and 0.1 there gets 80/2/18
+    must judge them all. Returns a Batch whose `observed` is what is shown, all of which counts as known."""
+    # ONE number a cell decides; whoever draws twice, "not masked", then "random", gets 80/2/18
     u = torch.rand(hidden.shape, generator=generator)                           # (B, T, F)
     kept = u >= mask_share + random_share
     # the other value is that of a known cell of the column in the batch; where there is none, it is unknown
     donors = (scorable(batch) & ~hidden).flatten(0, 1)                          # (B*T, F)
-    has_donor = donors.any(dim=0)                                               # (F,)
-    random = hidden & (u >= mask_share) & ~kept & has_donor
-    weights = (donors | ~has_donor).float().T       # (F, B*T): multinomial must draw, from no donor as well
+    weights = (donors | ~donors.any(dim=0)).float().T       # (F, B*T); from no donor it must draw as well
     lender = torch.multinomial(weights, len(donors), replacement=True, generator=generator).T
+    lends = donors.gather(0, lender).view_as(hidden)
+    random = hidden & (u >= mask_share) & ~kept & lends
     cells = torch.cat([batch.numeric, batch.categorical.float()], dim=-1)       # (B, T, F)
     lent = cells.flatten(0, 1).gather(0, lender)                                # (B*T, F)
     cells = torch.where(random, lent.view_as(cells), cells)
@@ -114,15 +110,13 @@ def bert_style_masking(batch, hidden, generator, mask_share=0.8, random_share=0.
 
 
 def get_mask_probability(step, total_steps, start, end):
-    """Progressive masking: linear from `start` at step 0 to `end` at step total_steps - 1, both exactly, and
-    clamped outside, so that a prolonged run stays in range."""
+    """Progressive masking: linear from `start` at step 0 to `end` at total_steps - 1, both exactly."""
     done = step / max(total_steps - 1, 1)
-    done = min(max(done, 0.0), 1.0)
+    done = min(max(done, 0.0), 1.0)                 # a prolonged run stays in range
     return start * (1 - done) + end * done          # start + done * (end - start) can miss `end`
 
 
-# -----------------------------------------------------------------------------
-# what the model starts from: a known cell is its own base, and in a column without any it is 0
+# ---- what the model starts from: a known cell is its own base, and in a column without any it is 0
 
 def last_known(values, known):
     """The last known number or id at or before each cell, (B, T, ...); 0 where there is none."""
@@ -132,8 +126,8 @@ def last_known(values, known):
 
 
 def neighbours(values, known, time):
-    """The values and the times of the nearest known cells of the column, at or before each cell and at or
-    after it, four (B, T, ...). A side that has none is as the other; where neither has, values are 0."""
+    """The nearest known cells of the column at or before each cell and at or after it, and how far it is from
+    one to the other in time, 0 to 1: three (B, T, ...). A side that has none is as the other; else 0."""
     T = known.shape[1]
     before = last_true(known)                                                   # -1 where there is none
     after = T - 1 - last_true(known.flip(1)).flip(1)                            # T where there is none
@@ -141,33 +135,28 @@ def neighbours(values, known, time):
     before = torch.where(before >= 0, before, after)
     values = torch.where(known, values, 0)
     time = time[..., None].expand_as(values)
-    return values.gather(1, before), values.gather(1, after), time.gather(1, before), time.gather(1, after)
+    start = time.gather(1, before)
+    length = (time.gather(1, after) - start).clamp(min=1e-6)    # 0 where both are one cell: any way will do
+    return values.gather(1, before), values.gather(1, after), (time - start) / length
 
 
 def interpolate(numeric, known, time):
-    """A straight line in time between the nearest known cells, held at the window's ends. numeric and known
-    (B, T, N), time (B, T) -> (B, T, N)."""
-    left, right, start, end = neighbours(numeric, known, time)                  # (B, T, N) each
-    length = (end - start).clamp(min=1e-6)          # 0 where both are one cell, and then left is right
-    weight = (time[..., None] - start) / length
-    return left + weight * (right - left)
+    """Numbers (B, T, N), where unknown on a straight line in time (B, T), held at the window's ends."""
+    left, right, way = neighbours(numeric, known, time)                         # (B, T, N) each
+    return left + way * (right - left)
 
 
 def nearest_category(categorical, known, time):
     """Between two ids lies nothing: the one nearest in time, (B, T, K), of two as near the earlier."""
-    left, right, start, end = neighbours(categorical, known, time)              # (B, T, K) each
-    since = time[..., None] - start
-    until = end - time[..., None]
-    return torch.where(since.abs() <= until.abs(), left, right)
+    left, right, way = neighbours(categorical, known, time)                     # (B, T, K) each
+    return torch.where(way <= 0.5, left, right)
 
 
-# -----------------------------------------------------------------------------
-# who may look
+# ---- who may look
 
 def padding_mask(valid):
-    """valid (B, T) bool, True = a real row -> (B, 1, 1, T) bool, True = this key may be looked at. Only KEYS
-    are masked: a query that may look at nothing takes the softmax of -inf alone, which is NaN."""
-    return valid[:, None, None, :]
+    """valid (B, T) bool, True = a real row -> (B, 1, 1, T) bool, True = this key may be looked at."""
+    return valid[:, None, None, :]      # KEYS alone: a query without any has a softmax of -inf, which is NaN
 
 
 def causal_mask(T):
@@ -175,14 +164,11 @@ def causal_mask(T):
     return torch.ones(T, T, dtype=torch.bool).tril()
 
 
-def create_attention_mask(valid, causal):
-    """valid (B, T) bool -> `attend` (B, 1, T, T) bool for scaled_dot_product_attention, True = may look. Rows
-    full of [MASK] stay attendable: they still have a clock, a place, and the base."""
-    T = valid.shape[1]
-    attend = padding_mask(valid)
-    if causal:
-        attend = attend & causal_mask(T)
-    return attend | torch.eye(T, dtype=torch.bool)      # each row at itself: so no softmax is ever empty
+def create_attention_mask(valid):
+    """valid (B, T) bool -> `attend` (B, 1, T, T) bool, True = may look; `& causal_mask(T)` at the past alone.
+    Rows full of [MASK] stay attendable: they still have a clock, a place, and the base."""
+    itself = torch.eye(valid.shape[1], dtype=torch.bool)
+    return padding_mask(valid) | itself                 # so that no softmax is ever empty
 
 
 def create_inputs(batch, causal, closed_form=None):
@@ -192,14 +178,11 @@ def create_inputs(batch, causal, closed_form=None):
     known = batch.observed[..., :N]
     known_ids = batch.observed[..., N:]
     deviation = None
-    attend = None
+    attend = None       # causal: padding is on the right, in the future of every real row
     if causal:
-        # no mask: padding is on the right, in the future of every real row
-        numeric = last_known(batch.numeric, known)
-        base = numeric
         ids = last_known(batch.categorical, known_ids)
-        if closed_form is not None:
-            base = autoregress(numeric, closed_form)
+        numeric = last_known(batch.numeric, known)
+        base = numeric if closed_form is None else autoregress(numeric, closed_form)
     else:
         base = interpolate(batch.numeric, known, batch.time)
         ids = nearest_category(batch.categorical, known_ids, batch.time)
@@ -207,7 +190,7 @@ def create_inputs(batch, causal, closed_form=None):
             base, deviation = gaussian_fill(base, known, closed_form)
         numeric = base                                  # that of a known cell is the cell
         if not batch.valid.all():                       # without a mask the fastest kernel can run
-            attend = create_attention_mask(batch.valid, causal=False)
+            attend = create_attention_mask(batch.valid)
     return Inputs(numeric=numeric, categorical=ids, known=batch.observed, base=base, deviation=deviation,
                   clock=batch.clock, attend=attend)
 
@@ -216,22 +199,26 @@ def create_inputs(batch, causal, closed_form=None):
 
 # the closed forms: what a linear model of the train rows says
 
-def train_sequences(table):
-    """data.Table -> its train rows, a list of (rows, N), holes interpolated, spikes cut."""
+def fit_closed_form(table, causal):
+    """The matrix for gaussian_fill, causal for autoregress, from the train rows of a data.Table, holes
+    interpolated, spikes cut; None where it would be too large."""
     N = len(table.schema.numeric)
+    if not 0 < table.seq_len * N <= MOST_CELLS:
+        print("no closed form: --seq_len times the numeric columns is 0, or too large")
+        return None
     sequences = []
     for start, end in table.segments["train"].tolist():
         rows = slice(start, end)
         x = interpolate(table.numeric[None, rows], table.observed[None, rows, :N], table.time[None, rows])
         sequences.append(x[0].float().clamp(-REACH, REACH))
-    return sequences
+    fit = fit_autoregression if causal else fit_gaussian
+    return fit(sequences, table.seq_len)
 
 
 def lag_covariance(sequences, T, own, level):
-    """How the cells of a window of T rows vary together, (T*N, T*N) float64. sequences: train rows without
-    holes, each (rows, N). Only the distance of two rows counts, so all windows teach the same few numbers.
-    own: variance that each cell has to itself; level: that of a column's level in a window, beyond what the
-    train rows show, so that a level never met is believed."""
+    """How the cells of a window of T rows vary together, (T*N, T*N) float64, by the distance of their rows.
+    sequences: train rows without holes, each (rows, N); own: variance that each cell has to itself; level:
+    that of a column's level in a window, beyond what the rows show, so that a level never met is believed."""
     # zeros between the sequences: no row meets one of another sequence
     z = torch.cat([F.pad(x.double(), (0, 0, 0, T)) for x in sequences])
     count = sum(len(x) for x in sequences)
@@ -251,10 +238,9 @@ def fit_gaussian(sequences, T):
 
 
 def gaussian_fill(line, known, precision):
-    """The mean of the unknown cells given the known ones, and its standard deviation, two (B, T, N), if the
-    rows are Gaussian. line (B, T, N): the values where known (B, T, N), interpolated elsewhere.
-    Out of reach (a spike, a level never met) and in columns that do not move the line stays, with deviation
-    0, and nothing is concluded from it."""
+    """The mean of the unknown cells given the known ones, and its standard deviation, two (B, T, N), if rows
+    are Gaussian. line (B, T, N): values where known (B, T, N), interpolated elsewhere; it stays, and tells
+    nothing, out of reach (a spike, a level never met) and in columns that do not move: deviation 0."""
     cells = line.flatten(1)                                                     # (B, T*N)
     moves = precision.diagonal() > 0                                            # (T*N,)
     reached = (cells.abs() < REACH) & moves
@@ -277,9 +263,8 @@ def gaussian_fill(line, known, precision):
     with ThreadPoolExecutor(threads) as pool:
         list(pool.map(solve, range(len(x))))
     torch.set_num_threads(threads)
-    solved = reached & ~given
-    base = torch.where(solved, x, cells)
-    deviation = torch.where(solved, deviation, 0.0)
+    base = torch.where(reached, x, cells)
+    deviation = torch.where(reached, deviation, 0.0)
     return base.view_as(line), deviation.view_as(line)
 
 
@@ -307,27 +292,24 @@ def autoregress(last, regression):
     return last + following.view_as(last)
 
 
-# -----------------------------------------------------------------------------
-# what training does to its windows
+# ---- what training does to its windows
 
 def mix_up(batch, most, generator):
-    """The Batch with each window's numbers mixed, up to the share `most`, with those of another window (Zhang
+    """The Batch with the numbers of each window mixed, up to the share `most`, with those of another (Zhang
     2018): what ties columns linearly still holds, and no mixture comes twice, so none is learnt by heart. A
     number that is missing in either window is missing; categories and clock stay."""
     N = batch.numeric.shape[-1]
-    share = most * torch.rand(len(batch.numeric), 1, 1, generator=generator)    # (B, 1, 1)
+    share = most * torch.rand(len(batch.valid), 1, 1, generator=generator)      # (B, 1, 1)
     other = batch.numeric.roll(1, dims=0)                                       # (B, T, N)
     mixed = batch.numeric + share * (other - batch.numeric)
     observed = batch.observed & batch.observed.roll(1, dims=0)                  # (B, T, F)
     observed[..., N:] = batch.observed[..., N:]
-    numeric = torch.where(observed[..., :N], mixed, 0.0)
-    return batch._replace(numeric=numeric, observed=observed)
+    return batch._replace(numeric=mixed * observed[..., :N], observed=observed)
 
 
 def jitter(batch, share, generator):
     """The Batch with each number off by a normal deviate times `share` times its step from the last known
-    one. A roll-out goes on from its own slightly wrong rows, so training should have met some
-    (Sanchez-Gonzalez 2020). A global amount would be nothing to one column and much to the next."""
+    one: a roll-out goes on from slightly wrong rows, so training should meet some (Sanchez-Gonzalez 2020)."""
     known = batch.observed[..., :batch.numeric.shape[-1]]                       # (B, T, N)
     last = last_known(batch.numeric, known)
     step = last.diff(dim=1, prepend=last[:, :1])                                # (B, T, N)
@@ -338,14 +320,15 @@ def jitter(batch, share, generator):
 
 if __name__ == "__main__":
     table, batch = tiny_batch()
-    print("the batch: scaled values and ids, ? = missing in the file", show(table.schema, batch), sep="\n")
     hidden = create_masks(scorable(batch), 0.3, step_generator(2))
     known = batch._replace(observed=batch.observed & ~hidden)
+    print("the batch: scaled values and ids, ? = missing in the file", show(table.schema, batch), sep="\n")
     print("\nknown: what is left after hiding 30 %", show(table.schema, known), sep="\n")
     for causal in (False, True):
         inputs = create_inputs(known, causal)
         seen = batch._replace(numeric=inputs.numeric, categorical=inputs.categorical, observed=hidden | True)
         print(f"\nwhat the model sees, causal={causal}: the base where nothing is known")
         print(show(table.schema, seen))
-        print("who may look at whom in window 1: a line a query, 1 = may look at this key")
-        print(create_attention_mask(batch.valid, causal)[1, 0].int())
+    attend = create_attention_mask(batch.valid)
+    print("\nwho may look at whom in window 1: a line a query, 1 = may look at this key")
+    print(attend[1, 0].int(), "causal", (attend & causal_mask(6))[1, 0].int(), sep="\n")

@@ -398,7 +398,7 @@ def test_no_query_is_ever_empty_the_naive_mask_makes_nan():
     valid = torch.tensor([[True] * 4, [True, True, False, False], [False] * 4])
     q, k, v = torch.randn(3, 3, 2, 4, 8).unbind(0)
     for causal in (False, True):
-        attend = masking.create_attention_mask(valid, causal)
+        attend = masking.create_attention_mask(valid) & (masking.causal_mask(4) | (not causal))
         assert attend.shape == (3, 1, 4, 4) and attend.any(-1).all()
         assert attend[0, 0].triu(1).any() == (not causal)
         assert not attend[1, 0, :2, 2:].any()               # padding is looked at by nobody real
@@ -413,7 +413,7 @@ def test_no_query_is_ever_empty_the_naive_mask_makes_nan():
 def test_attention_equals_plain_softmax_and_depends_on_the_distance_of_rows(dtype, tolerance, causal, padded):
     torch.manual_seed(0)
     valid = torch.arange(20) < torch.tensor([20, 7 if padded else 20])[:, None]
-    full = masking.create_attention_mask(valid, causal)
+    full = masking.create_attention_mask(valid) & (masking.causal_mask(20) | (not causal))
     # causal, the model is given no mask: padding on the right is in the future of every real row
     attend = None if causal or not padded else full
     config = model.Config(1, [], seq_len=20, n_layer=0, n_head=4, n_embd=32, causal=causal)
@@ -1300,7 +1300,7 @@ ONES, RAMP = torch.ones(1, 1, 3, 2), torch.tensor([1.0, 2.0, 3.0])[None, None, :
 NOBODY, LEFT = torch.zeros(1, 3).bool(), torch.tensor([[False, False, True]])           # valid rows
 SAME, ALL = torch.full((8,), 7.0), torch.ones(1, 8, 1).bool()
 CELL = masking.Targets(torch.zeros(1, 1, 1), torch.zeros(1, 1, 0).long(), torch.ones(1, 1, 1).bool())
-may_look = masking.create_attention_mask
+may_look, PAST = masking.create_attention_mask, masking.causal_mask(3)
 CODE = "".join((ROOT / name).read_text() for name in ("model.py", "masking.py", *SCRIPTS))
 ZOO = {}    # number: (what, the thread in which users met it, what naive gives, what ours gives, naive, ours)
 
@@ -1387,16 +1387,16 @@ way(11, "min(1.0, NaN) for the best loss", "Lightning-AI/pytorch-lightning#2636"
     naive=lambda: min(1.0, NAN), ours=lambda: "stopped" if poisoned()[0] == 1 else "went on")
 way(12, "a softmax in which nothing may be looked at", "pytorch/pytorch#41508", NAN, "finite",
     naive=lambda: (torch.full((3, 3), -math.inf).softmax(-1) @ ONES).sum(),
-    ours=lambda: attend(ONES, may_look(NOBODY, False)).sum())
+    ours=lambda: attend(ONES, may_look(NOBODY)).sum())
 way(13, "a NaN under a masked key: 0 x NaN", "pytorch/pytorch#101967", NAN, "finite",
     naive=lambda: attend(torch.tensor(HOLES)[None, None, :, None], table_of({"x": HOLES}).observed.T).sum(),
     ours=lambda: attend(table_of({"x": HOLES}).numeric[None, None], table_of({"x": HOLES}).observed.T).sum())
 way(14, "finfo.min for -inf: the mean of what is forbidden", "NVIDIA/apex#1390", 2.0, 1.0,
     naive=lambda: (torch.full((3, 3), torch.finfo(torch.float32).min).softmax(-1) @ RAMP)[0, 0, 0],
-    ours=lambda: attend(RAMP, may_look(NOBODY, True))[0])  # row 0 sees itself
+    ours=lambda: attend(RAMP, may_look(NOBODY) & PAST)[0])  # row 0 sees itself
 way(15, "causal, and padding on the left", "pytorch/pytorch#110213", NAN, "finite",
-    naive=lambda: attend(ONES, masking.causal_mask(3) & masking.padding_mask(LEFT)).sum(),
-    ours=lambda: attend(ONES, may_look(LEFT, True)).sum())
+    naive=lambda: attend(ONES, PAST & masking.padding_mask(LEFT)).sum(),
+    ours=lambda: attend(ONES, may_look(LEFT) & PAST).sum())
 way(16, "attn_mask together with is_causal", "jingyaogong/minimind#382", "error", "finite",
     naive=mask_and_is_causal,
     ours=lambda: create_inputs(next_row_changed(random_batch(), 6), causal=True).attend or 0.0)     # padded
@@ -1411,7 +1411,7 @@ way(19, "the root of a squared error of 0: the gradient", "pytorch/pytorch#2421"
     ours=lambda: slope(lambda x: model.sum_losses(model.Prediction(x[None, None], UNIT[None, None, :1], []),
                                                   CELL, UNIT[:1]), 0.0))
 way(20, "-1e9 for a mask in float16", "NVIDIA/apex#93", -math.inf, "finite",
-    naive=lambda: torch.tensor(-1e9).half(), ours=lambda: attend(ONES.half(), may_look(NOBODY, False)).sum())
+    naive=lambda: torch.tensor(-1e9).half(), ours=lambda: attend(ONES.half(), may_look(NOBODY)).sum())
 way(21, "a small gradient in float16 without a GradScaler", "locuslab/ect#13", 0.0, 1e-8,
     naive=lambda: float16_gradient(False), ours=lambda: float16_gradient(True))
 way(22, "LayerNorm of 1e20", "pytorch/pytorch#178123", NAN, "finite",

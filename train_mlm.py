@@ -28,9 +28,9 @@ from data import (Schema, add_errors, add_loop_flags, check_target, default_span
                   fail, find_hints, load_checkpoint, load_table, make_parser, mean_errors, number,
                   own_errors, parse, pick_device, print_errors, print_table, read_text, replace_file,
                   step_generator, write_cells, write_text)
-from masking import (MOST_CELLS, Targets, bert_style_masking, create_inputs, create_masks, fit_gaussian,
-                     gaussian_fill, get_mask_probability, interpolate, last_known, mix_up, move,
-                     nearest_category, scorable, train_sequences, within_clip)
+from masking import (Targets, bert_style_masking, create_inputs, create_masks, fit_closed_form, gaussian_fill,
+                     get_mask_probability, interpolate, last_known, mix_up, move, nearest_category, scorable,
+                     within_clip)
 from model import Config, TableTransformer, count_scored, explain_non_finite, sum_losses
 
 SCRIPT = "train_mlm"
@@ -107,14 +107,6 @@ def eval_cases(args):
     cells = {("cell", rate): (rate, 1.0) for rate in args.eval_mask_probs}
     runs = {("span", rate): (rate, args.mask_span) for rate in args.eval_mask_probs}
     return {**cells, **runs}
-
-
-def fit_closed_form(table, args):
-    """The matrix for masking.gaussian_fill, from the train rows; None where it would be too large."""
-    if not 0 < table.seq_len * len(table.schema.numeric) <= MOST_CELLS:
-        print("no closed form: --seq_len times the numeric columns is 0, or too large")
-        return None
-    return fit_gaussian(train_sequences(table), table.seq_len)
 
 
 def baselines(shown, args, closed_form=None):
@@ -297,7 +289,7 @@ def fit_intervals(val, test, schema, args):
 def build_model(table, args, checkpoint, device):
     """The model and its optimiser, new or as they were in the checkpoint."""
     schema = table.schema
-    closed_form = checkpoint["closed_form"] if checkpoint else fit_closed_form(table, args)
+    closed_form = checkpoint["closed_form"] if checkpoint else fit_closed_form(table, CAUSAL)
     config = Config(n_numeric=len(schema.numeric), vocab_sizes=schema.vocab_sizes(), causal=CAUSAL,
                     n_clock=table.clock.shape[1], seq_len=table.seq_len, clip=args.clip,
                     n_layer=args.n_layer, n_head=args.n_head, n_embd=args.n_embd, dropout=args.dropout,
