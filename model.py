@@ -21,7 +21,6 @@ The transformer and its loss. One token is one row of the table.
     attend    (B, 1, T, T)  True = this query may look at this key
 """
 import math
-import time
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -31,6 +30,7 @@ from unittest import mock
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.benchmark import Timer
 
 from data import Batch, step_generator, tiny_batch
 from masking import Targets, create_inputs, create_masks, move
@@ -49,7 +49,7 @@ class Config:
     n_embd: int = 128           # D
     dropout: float = 0.0
     clip: float = 10.0          # numbers enter the network clipped to +- this
-    closed_base: bool = False   # the base is the closed form, not the straight line or the last value
+    closed: bool = False        # --base closed: the base is the closed form, not the line or the last value
     causal: bool = False        # False: a row sees all rows of its window. True: itself and the past
 
 
@@ -159,20 +159,18 @@ class Prediction(NamedTuple):
 
     def answer(self):
         """The numbers, and the likeliest ids (B, T, K) int64, on the CPU."""
-        ids = [logits.argmax(dim=-1, keepdim=True) + 2 for logits in self.logits]
-        ids = torch.cat([self.numeric[..., :0].long(), *ids], dim=-1)           # K may be 0
-        return self.numeric.cpu(), ids.cpu()
+        numbers = self.numeric.cpu()
+        ids = [logits.argmax(dim=-1, keepdim=True).cpu() + 2 for logits in self.logits]
+        return numbers, torch.cat([numbers[..., :0].long(), *ids], dim=-1)      # K may be 0
 
     def interval(self, factor, coverage):
         """(4, B, T, F) on the CPU: the answer, its low and its high end, `factor` (N,) times the scale off,
         and the probability that the truth is there; a category is its own two ends."""
-        numbers, ids = self.answer()
-        half = factor * self.scale.cpu()
+        value = torch.cat(self.answer(), dim=-1)                                # (B, T, F)
+        half = F.pad(factor * self.scale.cpu(), (0, len(self.logits)))
         chance = [logits.softmax(dim=-1).amax(dim=-1, keepdim=True).cpu() for logits in self.logits]
-        return torch.stack([torch.cat([numbers, ids], dim=-1),
-                            torch.cat([numbers - half, ids], dim=-1),
-                            torch.cat([numbers + half, ids], dim=-1),
-                            torch.cat([torch.full_like(half, coverage), *chance], dim=-1)])
+        chance = torch.cat([torch.full_like(self.scale.cpu(), coverage), *chance], dim=-1)
+        return torch.stack([value, value - half, value + half, chance])
 
 
 class TableTransformer(nn.Module):
@@ -204,20 +202,22 @@ class TableTransformer(nn.Module):
                 nn.init.normal_(p, std=0.02)
         for embedding in self.embed.categories:
             nn.init.zeros_(embedding.weight[1])
+        self.n_params = sum(p.numel() for p in self.parameters())
 
     def forward(self, inputs):
         T, N = inputs.numeric.shape[1:]
-        values = inputs.numeric
-        unit = torch.ones_like(values)                                          # of the corrections
+        looks_ahead = self.config.causal and self.config.closed     # its base knows more than the last row
+        center = torch.zeros_like(inputs.numeric)                               # (B, T, N)
+        spread = torch.ones_like(center)
         if not self.config.causal:      # the level of the window would tell a causal model about its future
-            center, unit = window_scale(values, inputs.known[..., :N])
-            values = (values - center) / unit                                   # (B, T, N)
+            center, spread = window_scale(inputs.numeric, inputs.known[..., :N])        # (B, 1, N) each
+        if looks_ahead:                 # absolute levels are learnt by heart: those above the mean so far
+            count = torch.arange(1, T + 1, device=center.device)[:, None]       # (T, 1)
+            center = inputs.numeric.cumsum(dim=1) / count
+        values = (inputs.numeric - center) / spread                             # (B, T, N)
         steps = F.pad(values.diff(dim=1), (0, 0, 1, 0))                         # the first is 0
-        if self.config.causal and self.config.closed_base:
-            # absolute levels are learnt by heart: the level above the mean so far, and the step of the base
-            steps = inputs.base - values
-            count = torch.arange(1, T + 1, device=values.device)[:, None]       # (T, 1)
-            values = values - values.cumsum(dim=1) / count                      # (B, T, N)
+        if looks_ahead:
+            steps = inputs.base - inputs.numeric
         clip = self.config.clip
         values = values.clamp(-clip, clip)
         steps = steps.clamp(-clip, clip)
@@ -225,10 +225,8 @@ class TableTransformer(nn.Module):
         for block in self.blocks:
             x = block(x, inputs.attend, self.rotary[:T])                        # (B, T, D)
         x = self.norm(x)
-        if inputs.deviation is not None:
-            unit = inputs.deviation
+        unit = spread if inputs.deviation is None else inputs.deviation         # of the corrections
         correction = unit * self.numeric_head(x).float()                        # (B, T, N)
-        numeric = inputs.base + self.trust * correction
         # detached: nothing else is learnt for its sake, so to say how sure it is costs no accuracy
         log_scale = self.scale_head(x.detach()).float().clamp(-10, 10)
         scale = torch.where(unit > 0, unit, 1.0) * log_scale.exp()
@@ -236,17 +234,17 @@ class TableTransformer(nn.Module):
         for k, head in enumerate(self.class_heads):
             is_base = F.one_hot(inputs.categorical[..., k], 2 + head.out_features)      # (B, T, V_k)
             logits.append(head(x).float() + PRIOR_LOGIT * is_base[..., 2:])     # (B, T, V_k - 2)
-        return Prediction(numeric, scale, logits)
+        return Prediction(inputs.base + self.trust * correction, scale, logits)
 
-    def base_form(self):
-        """The closed form, if it is the base that the heads correct."""
-        return self.closed_form if self.config.closed_base else None
+    def inputs(self, batch):
+        """data.Batch, `observed` = what is known -> masking.Inputs, with the base that the heads correct."""
+        closed_form = self.closed_form if self.config.closed else None
+        return create_inputs(batch, self.config.causal, closed_form)
 
     @torch.no_grad()
     def predict(self, batch):
-        """data.Batch, `observed` = what is known -> Prediction."""
-        inputs = create_inputs(batch, self.config.causal, self.base_form())
-        return self(move(inputs, self.norm.weight.device))
+        """The same -> Prediction."""
+        return self(move(self.inputs(batch), self.norm.weight.device))
 
     def rollout(self, batch, clock, predict=None):
         """Say what comes next, append it, and go on from there, looking at the last T rows at most.
@@ -369,23 +367,23 @@ def print_shapes():
 
 
 def bench(device="cuda" if torch.cuda.is_available() else "cpu"):
-    """The median time of 15 training steps: a mean would count the neighbours' work as ours."""
+    """The median time of a training step: a mean would count the neighbours' work as ours."""
     for B, T, D, n_head in ((32, 96, 128, 4), (16, 256, 384, 6), (14, 1024, 128, 4)):
         model = TableTransformer(Config(7, [], seq_len=T, n_head=n_head, n_embd=D)).to(device)
         optimizer = torch.optim.AdamW(model.parameters(), fused=True)
         inputs = move(create_inputs(random_batch(B, T, 7), causal=False), device)
+
+        def step(dtype):
+            with torch.autocast(device, dtype, enabled=dtype != torch.float32):
+                loss = model(inputs).numeric.square().mean()
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
         for dtype in (torch.float32, torch.bfloat16):
-            times = []
-            for _ in range(15):
-                start = time.perf_counter()
-                with torch.autocast(device, dtype, enabled=dtype != torch.float32):
-                    loss = model(inputs).numeric.square().mean()
-                loss.backward()
-                optimizer.step()
-                optimizer.zero_grad()
-                loss.item()                                 # waits for a GPU
-                times.append(1e3 * (time.perf_counter() - start))
-            print(f"T {T}, B {B}, D {D}, {dtype}: {sorted(times)[7]:.1f} ms a step", flush=True)
+            timer = Timer("step(dtype)", globals=locals(), num_threads=torch.get_num_threads())
+            median = timer.blocked_autorange(min_run_time=2).median
+            print(f"T {T}, B {B}, D {D}, {dtype}: {1e3 * median:.1f} ms a step", flush=True)
 
 
 if __name__ == "__main__":

@@ -28,15 +28,14 @@ from data import (Batch, Schema, add_errors, add_loop_flags, check_target, draw_
                   find_hints, load_checkpoint, load_table, make_parser, mean_errors, next_rows, number,
                   own_errors, parse, pick_device, print_errors, print_table, read_text, replace_file,
                   step_generator, write_cells, write_text)
-from masking import (Targets, autoregress, create_inputs, fit_closed_form, jitter, last_known, mix_up, move,
+from masking import (Targets, autoregress, fit_closed_form, jitter, last_known, mix_up, move,
                      scorable, within_clip)
 from model import Config, TableTransformer, count_scored, explain_non_finite, sum_losses
 
 SCRIPT = "train_ar"
 CAUSAL = True           # who may look where: every row of a window at itself and at those before it
 
-# -----------------------------------------------------------------------------
-# the knobs of this objective
+# ---- the knobs of this objective
 
 def get_parser():
     parser = make_parser(__doc__, SCRIPT, "planets")
@@ -46,7 +45,7 @@ def get_parser():
     add("--noise", type=number(float, 0), default=0.05,
         help="on the numbers seen in training, as a share of their step from the row before")
     add("--mixup", type=number(float, 0, 1), default=0.0,
-        help="a training window's numbers are up to this share those of another window")
+        help="windows are mixed in training, up to this share of another")
     add("--base", choices=["closed", "last"],
         help="what the model corrects: the closed form, or the last value (None: the closed form, but for "
              "three and more groups, which may each have a law of its own)")
@@ -55,16 +54,14 @@ def get_parser():
         help="steps ahead at which a roll-out is judged")
     add("--season", type=size, help="a further baseline: the value of so many rows ago (None: without it)")
     # 0.03: at 1 the gradient of the categories drowns that of the places (README)
-    add("--category_weight", type=number(float, 0), default=0.03,
-        help="of the categorical cells' loss beside the numeric cells'")
+    add("--category_weight", type=number(float, 0), default=0.03, help="of their loss beside the numbers'")
     add("--forecast", type=size, help="rows to write at the end, those that come next in each sequence ...")
     add("--to", metavar="FILE", help="... to this .csv")
     add_loop_flags(add, SCRIPT, max_steps=2000)
     return parser
 
 
-# -----------------------------------------------------------------------------
-# THE OBJECTIVE: say what comes next
+# ---- THE OBJECTIVE: say what comes next
 
 def objective(batch, args, generator, step=None, case=None):
     """data.Batch -> what is shown of it, a Batch whose `observed` is what is known, and what is asked,
@@ -103,49 +100,43 @@ def baselines(shown, args, closed_form=None):
     return answers
 
 
-# -----------------------------------------------------------------------------
-# what is done with the result
+# ---- what is done with the result
 
-def rollout_windows(table, split, steps, args):
-    """Windows of a split that hold the rows given and `steps` rows to ask for, as in Table.starts. Where time
-    is split the given ones may lie before the rows of the split; what is asked never does."""
+def rollout_windows(table, split, args):
+    """Windows of a split that begin with the rows given, as in Table.starts, and how many rows come after
+    those, (n,). Where time is split the given ones may lie before the split, what is asked never does."""
     windows = table.starts(split, args.eval_stride)
     if table.split_by_time:                                 # then the split begins seq_len rows early
         windows = windows + torch.tensor([table.seq_len - args.given, 0])
-    # the last ones may be too near to the end of their sequence to be judged
-    return windows[windows[:, 1] - windows[:, 0] >= args.given + steps]
+    length = windows[:, 1] - windows[:, 0]
+    return windows, length.clamp(max=table.seq_len) - args.given
 
 
-def fits(table, steps, args):
-    """Can a roll-out of so many rows be judged on val and on test?"""
-    windows = [rollout_windows(table, split, steps, args) for split in ("val", "test")]
-    return args.given + steps <= table.seq_len and min(map(len, windows)) > 0
-
-
-def given_and_asked(table, split, steps, args):
-    """Two Batches: what a roll-out is given, --given rows, and the `steps` rows that come next."""
-    windows = rollout_windows(table, split, steps, args)
+def roll_out(model, table, split, steps, args):
+    """Three Batches, of the rows given, of the `steps` rows after them, and of what the model says of those;
+    and how far off it is, (B, steps, F): |error|, 1 for a wrong category, NaN where there is no answer."""
+    windows, room = rollout_windows(table, split, args)
+    windows = windows[room >= steps]
     windows = windows[::1 + len(windows) * (args.given + steps) // 16_384]      # every n-th: 16,384 rows fit
-    batch = table.batch(windows).rows(0, args.given + steps)
-    return batch.rows(0, args.given), batch.rows(args.given, None)
-
-
-def row_errors(ahead, asked):
-    """Of rows rolled out, two Batches -> (B, steps, F): |error| of numbers, 1 for a wrong category, NaN where
-    there is no right answer."""
-    off = (ahead.numeric - asked.numeric).abs()
+    batch = table.batch(windows)
+    given = batch.rows(0, args.given)
+    asked = batch.rows(args.given, args.given + steps)
+    ahead = model.rollout(given, asked.clock)
+    error = (ahead.numeric - asked.numeric).abs()
     wrong = ahead.categorical != asked.categorical
-    return torch.cat([off, wrong], dim=-1).masked_fill(~asked.observed, math.nan)
+    off = torch.cat([error, wrong], dim=-1).masked_fill(~asked.observed, math.nan)
+    return given, asked, ahead, off
 
 
 def fit_trust(model, table, args):
     """Set the share of the model's correction that is used in roll-outs to what val likes best; with 0 the
     base goes on alone. What is better for one row can be worse after twenty."""
-    given, asked = given_and_asked(table, "val", max(args.horizons), args)
+    N = len(table.schema.numeric)
     errors = {}
     for model.trust in (1.0, 0.75, 0.5, 0.25, 0.0):
-        off = row_errors(model.rollout(given, asked.clock), asked)[..., :asked.numeric.shape[-1]]
-        errors[model.trust] = float(off.clamp(max=args.clip).square().nanmean())        # no spike decides
+        *_, off = roll_out(model, table, "val", max(args.horizons), args)
+        square = off[..., :N].clamp(max=args.clip).square()                     # no spike decides
+        errors[model.trust] = float(square.nanmean())
     model.trust = min(errors, key=errors.get)
     print(f"\nrolled out, {model.trust:.0%} of the model's correction is used, which val likes best")
 
@@ -153,13 +144,12 @@ def fit_trust(model, table, args):
 def fit_horizons(model, table, steps, args):
     """How sure a roll-out is, from val, by rows ahead and column, two (steps, F): half the width within which
     --coverage of its numbers lie (Stankeviciute 2021), 0 for categories; and the chance that it is right."""
-    given, asked = given_and_asked(table, "val", steps, args)
-    off = row_errors(model.rollout(given, asked.clock), asked)
+    N = len(table.schema.numeric)
+    *_, off = roll_out(model, table, "val", steps, args)
     half = off.nanquantile(args.coverage, dim=0)
     half = torch.where(half.isnan(), math.inf, half)        # val has no such value: anything may come
-    chance = 1 - off.nanmean(dim=0)
-    N = asked.numeric.shape[-1]
     half[:, N:] = 0.0
+    chance = 1 - off.nanmean(dim=0)
     chance[:, :N] = args.coverage
     return half, chance
 
@@ -174,11 +164,12 @@ def prepare(table, args):
     if bool(args.forecast) != bool(args.to) or args.intervals and args.to in (None, args.intervals):
         fail("--forecast (how many rows) and --to (into which file) go together, --intervals is one more")
     # a short table is judged at what fits; only if nothing does it is refused
-    args.horizons = [h for h in args.horizons if h <= min(args.horizons) or fits(table, h, args)]
+    room = min(int(rollout_windows(table, split, args)[1].max()) for split in ("val", "test"))
+    args.horizons = [h for h in args.horizons if h <= max(room, min(args.horizons))]
     longest = max(args.horizons)
     if args.intervals:
         longest = max(longest, args.forecast)
-    if not fits(table, longest, args):
+    if longest > room:
         fail(f"--given {args.given} rows and {longest} to come (--horizons, and --forecast with --intervals) "
              f"do not fit into windows of {table.seq_len} rows (--seq_len), or into the val or test split")
     if not args.forecast:
@@ -195,47 +186,53 @@ def report_test(model, table, errors, factor, args):
     numbers = schema.numeric
     if args.data == "planets":                              # what never changes is left out, and easy
         numbers = [name for name in numbers if name[-2:] in ("_x", "_y")]
-        errors = errors[errors["column"].isin(numbers + schema.categorical)]
     fit_trust(model, table, args)
     longest = max(args.horizons)
-    given, future = given_and_asked(table, "test", longest, args)
-    targets = Targets(future.numeric, future.categorical, scorable(future))
-    targets = within_clip(targets, future.numeric, args.clip)
-    answers = {"model": model.rollout(given, future.clock)}
+    given, asked, ahead, off = roll_out(model, table, "test", longest, args)
+    answers = {"model": ahead}
     for name in baselines(given, args, model.closed_form):
-        answers[name] = model.rollout(given, future.clock,
-                                      lambda shown: baselines(shown, args, model.closed_form)[name])
-    lines = []
+        predict = lambda shown: baselines(shown, args, model.closed_form)[name]
+        answers[name] = model.rollout(given, asked.clock, predict)
+    targets = Targets(asked.numeric, asked.categorical, scorable(asked))
+    targets = within_clip(targets, asked.numeric, args.clip)
+    lines = [errors]
     for i in range(longest):
         said = {name: rows.rows(i, i + 1)[:2] for name, rows in answers.items()}        # numbers and ids
         add_errors(lines, "rollout", i + 1, schema, Targets._make(x[:, i:i + 1] for x in targets), said)
-    ahead = pd.concat(lines)
-    ahead = ahead[ahead["column"].isin(errors["column"])]
-    next_row = print_errors("next row", errors, schema)
+    errors = pd.concat(lines)
+    errors = errors[errors["column"].isin(numbers + schema.categorical)]
+    ahead = errors[errors["kind"] == "rollout"]
+    next_row = print_errors("next row", errors[errors["kind"] == "next"], schema)
     rolled = print_errors(f"rolled out from row {args.given}, rows ahead", ahead, schema, args.horizons)
     curve = mean_errors(ahead, schema.numeric, "square", "case").T
     draw_lines(f"{args.out_dir}/errors.png", curve, "rows ahead", "mean squared error, scaled")
     half, _ = fit_horizons(model, table, longest, args)
-    off = row_errors(answers["model"], future)
     inside = (off <= half).float().masked_fill(off.isnan(), math.nan).nanmean(dim=0)        # (longest, F)
     inside = pd.DataFrame(inside.T, schema.numeric + schema.categorical, range(1, longest + 1))
     print_table(f"rolled out, intervals of {args.coverage}: share of test cells inside, rows ahead",
                 inside.loc[numbers, args.horizons])
+    draw_rollout(schema, given, asked, answers, half, args)
+    test = {}
+    for name in answers:
+        mse = rolled[name]["mse"]
+        test[name] = {"next_mse": next_row[name]["mse"][0], "next_accuracy": next_row[name]["accuracy"][0],
+                      "rollout_mse": [mse[h - 1] for h in args.horizons]}
+    return {"horizons": args.horizons, "test": test}
+
+
+def draw_rollout(schema, given, asked, answers, half, args):
+    """A picture of three windows of report_test: what was given, what came, what was said, {name: Batch}."""
     some = slice(len(given.valid) // 2, len(given.valid) // 2 + 3)
-    batch = Batch._make(torch.cat(pair, dim=1)[some] for pair in zip(given, future))
-    asked = torch.arange(args.given + longest)[:, None] >= args.given           # (given + longest, 1)
+    batch = Batch._make(torch.cat(pair, dim=1)[some] for pair in zip(given, asked))
+    is_asked = torch.ones_like(batch.observed)
+    is_asked[:, :args.given] = False
     guesses = {}
     for name, rows in answers.items():
         guesses[name] = torch.cat([given.numeric, rows.numeric], dim=1)[some]
-    half = torch.nn.functional.pad(half[:, :len(schema.numeric)], (0, 0, args.given, 0))
-    draw_windows(f"{args.out_dir}/window.png", schema, batch, asked.expand_as(batch.observed), guesses,
-                 band=torch.stack([guesses["model"] - half, guesses["model"] + half]))
-    test = {}
-    for name in answers:
-        ahead_mse = rolled[name]["mse"]
-        test[name] = {"next_mse": next_row[name]["mse"][0], "next_accuracy": next_row[name]["accuracy"][0],
-                      "rollout_mse": [ahead_mse[h - 1] for h in args.horizons]}
-    return {"horizons": args.horizons, "test": test}
+    width = torch.zeros_like(guesses["model"])
+    width[:, args.given:] = half[:, :len(schema.numeric)]
+    band = torch.stack([guesses["model"] - width, guesses["model"] + width])
+    draw_windows(f"{args.out_dir}/window.png", schema, batch, is_asked, guesses, band)
 
 
 def write_result(model, table, prepared, errors, factor, args):
@@ -284,7 +281,7 @@ def get_lr(step, args):
 def make_example(model, batch, args, generator, step=None, case=None):
     """data.Batch -> what is shown (Batch), what the model sees of it (Inputs), what is asked (Targets)."""
     shown, targets = objective(batch, args, generator, step, case)
-    inputs = create_inputs(shown, CAUSAL, model.base_form())
+    inputs = model.inputs(shown)
     return shown, inputs, within_clip(targets, inputs.base, args.clip)
 
 
@@ -325,9 +322,9 @@ def evaluate(model, table, split, stride, base_rmse, args, autocast):
             # baselines see what the model saw, and answer for the same cells
             answers = {"model": prediction.answer(), **baselines(shown, args, model.closed_form)}
             add_errors(lines, kind, name, table.schema, targets, answers)
-            score = targets.score[..., :prediction.numeric.shape[-1]]           # (B, T, N)
-            scale = prediction.scale.cpu()
+            scale = prediction.scale.cpu()                                      # (B, T, N)
             ratio = (prediction.numeric.cpu() - targets.numeric).abs() / scale
+            score = targets.score[..., :scale.shape[-1]]
             cells.append(pd.DataFrame({"kind": kind, "column": score.nonzero()[:, 2],
                                        "ratio": ratio[score], "scale": scale[score]}))
         losses += sums / counts.clamp(min=1) / len(cases)
@@ -354,7 +351,7 @@ def build_model(table, args, checkpoint, device):
     config = Config(n_numeric=len(schema.numeric), vocab_sizes=schema.vocab_sizes(), causal=CAUSAL,
                     n_clock=table.clock.shape[1], seq_len=table.seq_len, clip=args.clip,
                     n_layer=args.n_layer, n_head=args.n_head, n_embd=args.n_embd, dropout=args.dropout,
-                    closed_base=args.base == "closed" and closed_form is not None)
+                    closed=args.base == "closed" and closed_form is not None)
     torch.manual_seed(args.seed)                            # the weights; the same on all ranks
     model = TableTransformer(config, closed_form).to(device)
     matrices = [p for p in model.parameters() if p.dim() >= 2]
@@ -372,14 +369,14 @@ def build_model(table, args, checkpoint, device):
     return model, optimizer
 
 
-def conclude(model, table, base_rmse, args, autocast, history, facts):
+def conclude(model, table, base_rmse, args, autocast, history):
     """The test split, read once, with the best weights. Returns its errors, and the factor of intervals."""
     model.load_state_dict(load_checkpoint(f"{args.out_dir}/best.pt", SCRIPT)["model"])
     _, _, val = evaluate(model, table, "val", table.seq_len, base_rmse, args, autocast)
     _, errors, test = evaluate(model, table, "test", args.eval_stride, base_rmse, args, autocast)
     factor = fit_intervals(val, test, table.schema, args)
-    results = {"script": SCRIPT, "data": args.data, "seed": args.seed, **facts,
-               **report_test(model, table, errors, factor, args)}
+    results = {"script": SCRIPT, "data": args.data, "seed": args.seed, "n_params": model.n_params,
+               "steps": args.max_steps, **report_test(model, table, errors, factor, args)}
     text = json.dumps(results, indent=1)
     replace_file(f"{args.out_dir}/results.json", lambda path: Path(path).write_text(text))
     print_table("mean absolute error, own units", own_errors(errors, table.schema).dropna())
@@ -406,6 +403,16 @@ def main(argv=None):
     base_rmse = measure_base(raw, table, args).to(device)                       # (N,)
     # of the losses; that of the scales is Adam's to weigh, and must not count in the norm that is clipped
     weight = torch.tensor([1.0, args.category_weight, 1e-3], device=device)
+    # `model` may be wrapped for speed; `raw` owns the weights and is what is evaluated and saved
+    model = torch.compile(raw) if args.compile else raw
+    if world > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        model = torch.nn.parallel.DistributedDataParallel(model)
+    if rank == 0:                                           # one process speaks and writes for all
+        print(f"{args.data}: {len(table.observed)} rows, {raw.n_params:,} parameters, {device} {dtype}")
+        for hint in find_hints(table, args):
+            print("hint:", hint)
+
     step = 0
     best = math.inf
     val = math.nan
@@ -415,16 +422,6 @@ def main(argv=None):
         best = checkpoint["best"]
         history = checkpoint["history"]
         scaler.load_state_dict(checkpoint["scaler"])
-    # `model` may be wrapped for speed; `raw` owns the weights and is what is evaluated and saved
-    model = torch.compile(raw) if args.compile else raw
-    if world > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-        model = torch.nn.parallel.DistributedDataParallel(model)
-    facts = {"n_params": sum(p.numel() for p in raw.parameters()), "steps": args.max_steps}
-    if rank == 0:                                           # one process speaks and writes for all
-        print(f"{args.data}: {len(table.observed)} rows, {facts['n_params']:,} parameters, {device} {dtype}")
-        for hint in find_hints(table, args):
-            print("hint:", hint)
 
     def save(name):
         state = {"script": SCRIPT, "args": vars(args), "schema": asdict(table.schema),
@@ -506,7 +503,7 @@ def main(argv=None):
         model = raw                                         # frees the wrapper before its process group
         dist.destroy_process_group()
     if rank == 0:
-        errors, factor = conclude(raw, table, base_rmse, args, autocast, history, facts)
+        errors, factor = conclude(raw, table, base_rmse, args, autocast, history)
         write_result(raw, table, prepared, errors, factor, args)
     return history
 

@@ -28,7 +28,7 @@ from data import (Schema, add_errors, add_loop_flags, check_target, default_span
                   fail, find_hints, load_checkpoint, load_table, make_parser, mean_errors, number,
                   own_errors, parse, pick_device, print_errors, print_table, read_text, replace_file,
                   step_generator, write_cells, write_text)
-from masking import (Targets, bert_style_masking, create_inputs, create_masks, fit_closed_form, gaussian_fill,
+from masking import (Targets, bert_style_masking, create_masks, fit_closed_form, gaussian_fill,
                      get_mask_probability, interpolate, last_known, mix_up, move, nearest_category, scorable,
                      within_clip)
 from model import Config, TableTransformer, count_scored, explain_non_finite, sum_losses
@@ -36,8 +36,7 @@ from model import Config, TableTransformer, count_scored, explain_non_finite, su
 SCRIPT = "train_mlm"
 CAUSAL = False          # who may look where: every row of a window at every other
 
-# -----------------------------------------------------------------------------
-# the knobs of this objective
+# ---- the knobs of this objective
 
 def get_parser():
     parser = make_parser(__doc__, SCRIPT, "sensors")
@@ -49,30 +48,25 @@ def get_parser():
     add("--mask_spread", type=share, default=0.75,
         help="each window draws its own rate, off --mask_prob by up to this share of the way to 0 or 1")
     add("--mask_span", type=number(float, 1),
-        help="mean rows of a hidden run; each training window draws its own, from single cells up to this "
-             "(None: as long as the holes of the file)")
+        help="mean rows of a hidden run; each window draws its own, up to this (None: as the file's holes)")
     add("--mask_style", choices=["--mask_span 1", "--mask_span 12"], help="is gone; single cells, or runs")
-    add("--mixup", type=share, default=0.0,
-        help="a training window's numbers are up to this share those of another window")
+    add("--mixup", type=share, default=0.0, help="windows are mixed in training, up to this share of another")
     # a sentence model meets no [MASK] in use, so BERT shows true words as well; real holes ARE [MASK]
     add("--mask_share", type=share, default=1.0, help="share of the hidden cells shown as [MASK] (BERT: 0.8)")
     add("--random_share", type=share, default=0.0, help="share shown as another value (BERT: 0.1)")
     add("--score", choices=["hidden", "observed"], default="hidden",
         help="cells in the training loss; observed is the identity-reconstruction mistake, as an experiment")
-    add("--base", choices=["closed", "linear"], default="closed",
-        help="what the model corrects: the closed form, or straight lines")
+    add("--base", choices=["closed", "linear"], default="closed", help="closed form or line to be corrected")
     add("--eval_mask_probs", type=rate, nargs="+", default=[0.125, 0.25, 0.375, 0.5],
         help="rates of evaluation, of single cells and of runs")
-    add("--category_weight", type=number(float, 0), default=1.0,
-        help="of the categorical cells' loss beside the numeric cells'")
+    add("--category_weight", type=number(float, 0), default=1.0, help="of their loss beside the numbers'")
     add("--fill", metavar="FILE", help="at the end write the table to this .csv, its holes filled")
     parser.set_defaults(cycles=["day", "year"])             # neighbours tell the day of the week
     add_loop_flags(add, SCRIPT, max_steps=1200)
     return parser
 
 
-# -----------------------------------------------------------------------------
-# THE OBJECTIVE: fill in the blanks
+# ---- THE OBJECTIVE: fill in the blanks
 
 def draw_case(n_windows, step, args, generator):
     """The rate and the span of hiding that each training window has of its own, (B, 1, 1) each: real tables
@@ -116,18 +110,16 @@ def baselines(shown, args, closed_form=None):
     known_ids = shown.observed[..., N:]
     line = interpolate(shown.numeric, known, shown.time)
     nearest = nearest_category(shown.categorical, known_ids, shown.time)
-    last = last_known(shown.numeric, known)
-    last_ids = last_known(shown.categorical, known_ids)
-    answers = {"linear": (line, nearest), "last": (last, last_ids),
-               "mean": (torch.zeros_like(last), torch.zeros_like(last_ids))}    # 0: centre of the train rows
+    answers = {"linear": (line, nearest)}
+    answers["last"] = last_known(shown.numeric, known), last_known(shown.categorical, known_ids)
+    answers["mean"] = torch.zeros_like(line), torch.zeros_like(nearest)         # 0: centre of the train rows
     if closed_form is not None:
         fill, _ = gaussian_fill(line, known, closed_form)
-        answers["gauss"] = (fill, nearest)
+        answers["gauss"] = fill, nearest
     return answers
 
 
-# -----------------------------------------------------------------------------
-# what is done with the result
+# ---- what is done with the result
 
 def prepare(table, args):
     """What no flag can know alone, and what must not go wrong after minutes of training. Returns the text of
@@ -223,7 +215,7 @@ def get_lr(step, args):
 def make_example(model, batch, args, generator, step=None, case=None):
     """data.Batch -> what is shown (Batch), what the model sees of it (Inputs), what is asked (Targets)."""
     shown, targets = objective(batch, args, generator, step, case)
-    inputs = create_inputs(shown, CAUSAL, model.base_form())
+    inputs = model.inputs(shown)
     return shown, inputs, within_clip(targets, inputs.base, args.clip)
 
 
@@ -264,9 +256,9 @@ def evaluate(model, table, split, stride, base_rmse, args, autocast):
             # baselines see what the model saw, and answer for the same cells
             answers = {"model": prediction.answer(), **baselines(shown, args, model.closed_form)}
             add_errors(lines, kind, name, table.schema, targets, answers)
-            score = targets.score[..., :prediction.numeric.shape[-1]]           # (B, T, N)
-            scale = prediction.scale.cpu()
+            scale = prediction.scale.cpu()                                      # (B, T, N)
             ratio = (prediction.numeric.cpu() - targets.numeric).abs() / scale
+            score = targets.score[..., :scale.shape[-1]]
             cells.append(pd.DataFrame({"kind": kind, "column": score.nonzero()[:, 2],
                                        "ratio": ratio[score], "scale": scale[score]}))
         losses += sums / counts.clamp(min=1) / len(cases)
@@ -293,7 +285,7 @@ def build_model(table, args, checkpoint, device):
     config = Config(n_numeric=len(schema.numeric), vocab_sizes=schema.vocab_sizes(), causal=CAUSAL,
                     n_clock=table.clock.shape[1], seq_len=table.seq_len, clip=args.clip,
                     n_layer=args.n_layer, n_head=args.n_head, n_embd=args.n_embd, dropout=args.dropout,
-                    closed_base=args.base == "closed" and closed_form is not None)
+                    closed=args.base == "closed" and closed_form is not None)
     torch.manual_seed(args.seed)                            # the weights; the same on all ranks
     model = TableTransformer(config, closed_form).to(device)
     matrices = [p for p in model.parameters() if p.dim() >= 2]
@@ -311,14 +303,14 @@ def build_model(table, args, checkpoint, device):
     return model, optimizer
 
 
-def conclude(model, table, base_rmse, args, autocast, history, facts):
+def conclude(model, table, base_rmse, args, autocast, history):
     """The test split, read once, with the best weights. Returns its errors, and the factor of intervals."""
     model.load_state_dict(load_checkpoint(f"{args.out_dir}/best.pt", SCRIPT)["model"])
     _, _, val = evaluate(model, table, "val", table.seq_len, base_rmse, args, autocast)
     _, errors, test = evaluate(model, table, "test", args.eval_stride, base_rmse, args, autocast)
     factor = fit_intervals(val, test, table.schema, args)
-    results = {"script": SCRIPT, "data": args.data, "seed": args.seed, **facts,
-               **report_test(model, table, errors, factor, args)}
+    results = {"script": SCRIPT, "data": args.data, "seed": args.seed, "n_params": model.n_params,
+               "steps": args.max_steps, **report_test(model, table, errors, factor, args)}
     text = json.dumps(results, indent=1)
     replace_file(f"{args.out_dir}/results.json", lambda path: Path(path).write_text(text))
     print_table("mean absolute error, own units", own_errors(errors, table.schema).dropna())
@@ -345,6 +337,16 @@ def main(argv=None):
     base_rmse = measure_base(raw, table, args).to(device)                       # (N,)
     # of the losses; that of the scales is Adam's to weigh, and must not count in the norm that is clipped
     weight = torch.tensor([1.0, args.category_weight, 1e-3], device=device)
+    # `model` may be wrapped for speed; `raw` owns the weights and is what is evaluated and saved
+    model = torch.compile(raw) if args.compile else raw
+    if world > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        model = torch.nn.parallel.DistributedDataParallel(model)
+    if rank == 0:                                           # one process speaks and writes for all
+        print(f"{args.data}: {len(table.observed)} rows, {raw.n_params:,} parameters, {device} {dtype}")
+        for hint in find_hints(table, args):
+            print("hint:", hint)
+
     step = 0
     best = math.inf
     val = math.nan
@@ -354,16 +356,6 @@ def main(argv=None):
         best = checkpoint["best"]
         history = checkpoint["history"]
         scaler.load_state_dict(checkpoint["scaler"])
-    # `model` may be wrapped for speed; `raw` owns the weights and is what is evaluated and saved
-    model = torch.compile(raw) if args.compile else raw
-    if world > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-        model = torch.nn.parallel.DistributedDataParallel(model)
-    facts = {"n_params": sum(p.numel() for p in raw.parameters()), "steps": args.max_steps}
-    if rank == 0:                                           # one process speaks and writes for all
-        print(f"{args.data}: {len(table.observed)} rows, {facts['n_params']:,} parameters, {device} {dtype}")
-        for hint in find_hints(table, args):
-            print("hint:", hint)
 
     def save(name):
         state = {"script": SCRIPT, "args": vars(args), "schema": asdict(table.schema),
@@ -445,7 +437,7 @@ def main(argv=None):
         model = raw                                         # frees the wrapper before its process group
         dist.destroy_process_group()
     if rank == 0:
-        errors, factor = conclude(raw, table, base_rmse, args, autocast, history, facts)
+        errors, factor = conclude(raw, table, base_rmse, args, autocast, history)
         write_result(raw, table, prepared, errors, factor, args)
     return history
 
