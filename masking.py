@@ -65,9 +65,9 @@ def scorable(batch):
 def within_clip(targets, base, clip):
     """Targets without numbers beyond the clip, or whose base (B, T, N) is: the network sees them clipped."""
     K = targets.categorical.shape[-1]
-    inside = (targets.numeric.abs() <= clip) & (base.abs() <= clip)             # (B, T, N)
-    score = targets.score & F.pad(inside, (0, K), value=True)
-    return targets._replace(score=score)
+    farther = torch.maximum(targets.numeric.abs(), base.abs())                  # (B, T, N)
+    inside = F.pad(farther <= clip, (0, K), value=True)                         # (B, T, F)
+    return targets._replace(score=targets.score & inside)
 
 
 def create_masks(observed, mask_prob, generator, span=1.0):
@@ -106,7 +106,8 @@ def bert_style_masking(batch, hidden, generator, mask_share=0.8, random_share=0.
     cells = torch.where(random, lent.view_as(cells), cells)
     shown = batch.observed & (~hidden | random | kept)
     N = batch.numeric.shape[-1]
-    return batch._replace(numeric=cells[..., :N], categorical=cells[..., N:].long(), observed=shown)
+    ids = cells[..., N:].long()
+    return batch._replace(numeric=cells[..., :N], categorical=ids, observed=shown)
 
 
 def get_mask_probability(step, total_steps, start, end):
@@ -133,11 +134,12 @@ def neighbours(values, known, time):
     after = T - 1 - last_true(known.flip(1)).flip(1)                            # T where there is none
     after = torch.where(after < T, after, before).clamp(min=0)
     before = torch.where(before >= 0, before, after)
-    values = torch.where(known, values, 0)
-    time = time[..., None].expand_as(values)
+    time = time[..., None].expand(known.shape)
     start = time.gather(1, before)
-    length = (time.gather(1, after) - start).clamp(min=1e-6)    # 0 where both are one cell: any way will do
-    return values.gather(1, before), values.gather(1, after), (time - start) / length
+    length = time.gather(1, after) - start
+    way = (time - start) / length.clamp(min=1e-6)   # 0 / 0 where both are one cell: then any way will do
+    values = torch.where(known, values, 0)
+    return values.gather(1, before), values.gather(1, after), way
 
 
 def interpolate(numeric, known, time):
@@ -208,9 +210,10 @@ def fit_closed_form(table, causal):
         return None
     sequences = []
     for start, end in table.segments["train"].tolist():
-        rows = slice(start, end)
-        x = interpolate(table.numeric[None, rows], table.observed[None, rows, :N], table.time[None, rows])
-        sequences.append(x[0].float().clamp(-REACH, REACH))
+        numeric = table.numeric[start:end]                                      # (rows, N)
+        known = table.observed[start:end, :N]
+        line = interpolate(numeric[None], known[None], table.time[None, start:end])
+        sequences.append(line[0].float().clamp(-REACH, REACH))
     fit = fit_autoregression if causal else fit_gaussian
     return fit(sequences, table.seq_len)
 
@@ -220,12 +223,15 @@ def lag_covariance(sequences, T, own, level):
     sequences: train rows without holes, each (rows, N); own: variance that each cell has to itself; level:
     that of a column's level in a window, beyond what the rows show, so that a level never met is believed."""
     # zeros between the sequences: no row meets one of another sequence
-    z = torch.cat([F.pad(x.double(), (0, 0, 0, T)) for x in sequences])
+    apart = [F.pad(x.double(), (0, 0, 0, T)) for x in sequences]
+    z = torch.cat(apart)
     count = sum(len(x) for x in sequences)
     # over all rows, not over the pairs at this distance: only so no variance can come out negative
     future = [z[:len(z) - k].T @ z[k:] / count for k in range(T)]               # (N, N), k rows later
     past = [lag.T for lag in future]
-    lines = [torch.cat(past[t:0:-1] + future[:T - t], dim=1) for t in range(T)]             # (N, T*N) each
+    lines = []
+    for t in range(T):                              # the rows before row t, itself, and those after it
+        lines.append(torch.cat(past[t:0:-1] + future[:T - t], dim=1))           # (N, T*N)
     same_column = torch.eye(z.shape[1], dtype=z.dtype).repeat(T, T)             # (T*N, T*N)
     return torch.cat(lines) + own * torch.eye(len(same_column)) + level * same_column
 
@@ -273,7 +279,8 @@ def fit_autoregression(sequences, T):
     window. Steps, not values: so it goes on from any level.
     S = L L^T, and L^-1 x is what is new in each step; a step less its own news is its mean."""
     steps = [x.diff(dim=0) for x in sequences]
-    unit = torch.cat(steps).square().mean(dim=0).sqrt().clamp(min=1e-6)         # (N,)
+    square = torch.cat(steps).square().mean(dim=0)                              # (N,)
+    unit = square.sqrt().clamp(min=1e-6)            # a column may not move
     S = lag_covariance([x / unit for x in steps], T, own=0.03, level=0.0)
     L = torch.linalg.cholesky(S)                                                # (T*N, T*N)
     row = torch.arange(T).repeat_interleave(len(unit))                          # (T*N,), that of each cell
@@ -310,7 +317,8 @@ def mix_up(batch, most, generator):
 def jitter(batch, share, generator):
     """The Batch with each number off by a normal deviate times `share` times its step from the last known
     one: a roll-out goes on from slightly wrong rows, so training should meet some (Sanchez-Gonzalez 2020)."""
-    known = batch.observed[..., :batch.numeric.shape[-1]]                       # (B, T, N)
+    N = batch.numeric.shape[-1]
+    known = batch.observed[..., :N]                                             # (B, T, N)
     last = last_known(batch.numeric, known)
     step = last.diff(dim=1, prepend=last[:, :1])                                # (B, T, N)
     step = torch.where(known.cumsum(dim=1) > 1, step, 0.0)      # from nothing to a first number is no step
