@@ -209,17 +209,17 @@ class TableTransformer(nn.Module):
 
     def forward(self, inputs):
         T, N = inputs.numeric.shape[1:]
-        looks_ahead = self.config.causal and self.config.closed     # its base knows more than the last row
+        guesses_next = self.config.causal and self.config.closed    # its base is no longer the last row
         center = 0.0
         spread = torch.ones_like(inputs.numeric)                                # (B, T, N)
         if not self.config.causal:      # the level of the window would tell a causal model about its future
             center, spread = window_scale(inputs.numeric, inputs.known[..., :N])        # (B, 1, N) each
-        if looks_ahead:                 # absolute levels are learnt by heart: those above the mean so far
+        if guesses_next:                # absolute levels are learnt by heart: those above the mean so far
             count = torch.arange(1, T + 1, device=spread.device)[:, None]       # (T, 1)
             center = inputs.numeric.cumsum(dim=1) / count
         values = (inputs.numeric - center) / spread                             # (B, T, N)
         steps = F.pad(values.diff(dim=1), (0, 0, 1, 0))                         # the first is 0
-        if looks_ahead:
+        if guesses_next:
             steps = inputs.base - inputs.numeric
         clip = self.config.clip
         values = values.clamp(-clip, clip)

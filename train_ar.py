@@ -45,10 +45,10 @@ def get_parser():
     add("--noise", type=number(float, 0), default=0.05,
         help="on the numbers seen in training, as a share of their step from the row before")
     add("--mixup", type=number(float, 0, 1), default=0.0,
-        help="windows are mixed in training, up to this share of another")
+        help="in training, up to this share of a window is another's")
     add("--base", choices=["closed", "last"],
-        help="what the model corrects: the closed form, or the last value (None: the closed form, but for "
-             "three and more groups, which may each have a law of its own)")
+        help="what the model corrects: the closed form, or the last value (None: the last value for three "
+             "and more groups, which may each have a law of its own)")
     add("--given", type=size, default=10, help="rows of a test window that a roll-out starts from")
     add("--horizons", type=size, nargs="+", default=[1, 5, 10, 19],
         help="steps ahead at which a roll-out is judged")
@@ -68,9 +68,7 @@ def objective(batch, args, generator, step=None, case=None):
     Targets. Every row is asked for the row after it. In training, without `case`, what is seen is noisy."""
     if case is None and args.mixup:
         batch = mix_up(batch, args.mixup, generator)
-    shown = batch
-    if case is None:
-        shown = jitter(batch, args.noise, generator)
+    shown = batch if case else jitter(batch, args.noise, generator)
     # the target of row t is row t + 1; the last row has none, and padding is not observed
     score = scorable(batch).roll(-1, dims=1)
     score[:, -1] = False
@@ -115,12 +113,13 @@ def rollout_windows(table, split, args):
 def roll_out(model, table, split, steps, args):
     """Three Batches, of the rows given, of the `steps` rows after them, and of what the model says of those;
     and how far off it is, (B, steps, F): |error|, 1 for a wrong category, NaN where there is no answer."""
-    windows, room = rollout_windows(table, split, args)
-    windows = windows[room >= steps]
-    windows = windows[::1 + len(windows) * (args.given + steps) // 16_384]      # every n-th: 16,384 rows fit
+    windows, rows_after = rollout_windows(table, split, args)
+    windows = windows[rows_after >= steps]
+    end = args.given + steps
+    windows = windows[::1 + len(windows) * end // 16_384]   # every n-th: 16,384 rows fit into memory
     batch = table.batch(windows)
     given = batch.rows(0, args.given)
-    asked = batch.rows(args.given, args.given + steps)
+    asked = batch.rows(args.given, end)
     ahead = model.rollout(given, asked.clock)
     error = (ahead.numeric - asked.numeric).abs()
     wrong = ahead.categorical != asked.categorical
@@ -164,7 +163,10 @@ def prepare(table, args):
     if bool(args.forecast) != bool(args.to) or args.intervals and args.to in (None, args.intervals):
         fail("--forecast (how many rows) and --to (into which file) go together, --intervals is one more")
     # a short table is judged at what fits; only if nothing does it is refused
-    room = min(int(rollout_windows(table, split, args)[1].max()) for split in ("val", "test"))
+    room = table.seq_len
+    for split in ("val", "test"):
+        _, rows_after = rollout_windows(table, split, args)
+        room = min(room, int(rows_after.max()))
     args.horizons = [h for h in args.horizons if h <= max(room, min(args.horizons))]
     longest = max(args.horizons)
     if args.intervals:
@@ -198,7 +200,8 @@ def report_test(model, table, errors, factor, args):
     lines = [errors]
     for i in range(longest):
         said = {name: rows.rows(i, i + 1)[:2] for name, rows in answers.items()}        # numbers and ids
-        add_errors(lines, "rollout", i + 1, schema, Targets._make(x[:, i:i + 1] for x in targets), said)
+        truth = Targets._make(x[:, i:i + 1] for x in targets)
+        add_errors(lines, "rollout", i + 1, schema, truth, said)
     errors = pd.concat(lines)
     errors = errors[errors["column"].isin(numbers + schema.categorical)]
     ahead = errors[errors["kind"] == "rollout"]
@@ -207,7 +210,7 @@ def report_test(model, table, errors, factor, args):
     curve = mean_errors(ahead, schema.numeric, "square", "case").T
     draw_lines(f"{args.out_dir}/errors.png", curve, "rows ahead", "mean squared error, scaled")
     half, _ = fit_horizons(model, table, longest, args)
-    inside = (off <= half).float().masked_fill(off.isnan(), math.nan).nanmean(dim=0)        # (longest, F)
+    inside = (off <= half).sum(dim=0) / off.isfinite().sum(dim=0)               # (longest, F)
     inside = pd.DataFrame(inside.T, schema.numeric + schema.categorical, range(1, longest + 1))
     print_table(f"rolled out, intervals of {args.coverage}: share of test cells inside, rows ahead",
                 inside.loc[numbers, args.horizons])
@@ -241,8 +244,9 @@ def write_result(model, table, prepared, errors, factor, args):
         return
     text, rows, clock = prepared
     start, end = table.segments["all"].unbind(1)
-    windows = torch.stack([torch.maximum(start, end - table.seq_len), end], dim=1)      # the last of each
-    length = end - windows[:, 0]
+    start = torch.maximum(start, end - table.seq_len)       # of the last window of each
+    windows = torch.stack([start, end], dim=1)
+    length = end - start
     shape = len(length), args.forecast, table.observed.shape[1]
     value = torch.zeros(shape)
     there = torch.zeros(shape, dtype=torch.bool)

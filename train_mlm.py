@@ -44,19 +44,19 @@ def get_parser():
     share = number(float, 0, 1)
     rate = number(float, 0, 1, inside=True)
     add("--mask_prob", type=rate, default=0.3, help="share of the observed cells hidden in training")
-    add("--mask_prob_start", type=rate, help="progressive: start here, rise to --mask_prob (None: constant)")
+    add("--mask_prob_start", type=rate, help="progressive: rises from here to --mask_prob (None: constant)")
     add("--mask_spread", type=share, default=0.75,
-        help="each window draws its own rate, off --mask_prob by up to this share of the way to 0 or 1")
+        help="each window draws its rate, off --mask_prob by up to this share of the way to 0 or 1")
     add("--mask_span", type=number(float, 1),
-        help="mean rows of a hidden run; each window draws its own, up to this (None: as the file's holes)")
+        help="mean rows of a hidden run, drawn for each window up to this (None: the file's holes)")
     add("--mask_style", choices=["--mask_span 1", "--mask_span 12"], help="is gone; single cells, or runs")
-    add("--mixup", type=share, default=0.0, help="windows are mixed in training, up to this share of another")
+    add("--mixup", type=share, default=0.0, help="in training, up to this share of a window is another's")
     # a sentence model meets no [MASK] in use, so BERT shows true words as well; real holes ARE [MASK]
-    add("--mask_share", type=share, default=1.0, help="share of the hidden cells shown as [MASK] (BERT: 0.8)")
-    add("--random_share", type=share, default=0.0, help="share shown as another value (BERT: 0.1)")
+    add("--mask_share", type=share, default=1.0, help="of the hidden cells, shown as [MASK] (BERT: 0.8)")
+    add("--random_share", type=share, default=0.0, help="of them, shown as another value (BERT: 0.1)")
     add("--score", choices=["hidden", "observed"], default="hidden",
-        help="cells in the training loss; observed is the identity-reconstruction mistake, as an experiment")
-    add("--base", choices=["closed", "linear"], default="closed", help="closed form or line to be corrected")
+        help="cells in the training loss; observed: the identity-reconstruction mistake, to see it")
+    add("--base", choices=["closed", "linear"], default="closed", help="what the model corrects")
     add("--eval_mask_probs", type=rate, nargs="+", default=[0.125, 0.25, 0.375, 0.5],
         help="rates of evaluation, of single cells and of runs")
     add("--category_weight", type=number(float, 0), default=1.0, help="of their loss beside the numbers'")
@@ -144,7 +144,7 @@ def report_test(model, table, errors, factor, args):
     test = {"cell": print_errors("single cells hidden", errors[errors["kind"] == "cell"], schema),
             "span": print_errors(f"runs of {args.mask_span:.3g} rows hidden", runs, schema)}
     curve = mean_errors(runs, schema.numeric, "square", "case").T
-    draw_lines(f"{args.out_dir}/errors.png", curve, "share of cells hidden, in runs", "mean squared error")
+    draw_lines(f"{args.out_dir}/errors.png", curve, "share hidden, in runs", "mean squared error")
     windows = table.starts("test", table.seq_len)
     batch = table.batch(windows[len(windows) // 2:][:3])                        # from the middle of the split
     shown, targets = objective(batch, args, step_generator(0), case=(0.3, args.mask_span))
