@@ -312,13 +312,12 @@ def evaluate(model, table, split, stride, base_rmse, args, autocast):
     lines = []
     cells = []
     cases = eval_cases(args)
-    for i, (kind, name) in enumerate(cases):
+    for i, ((kind, name), case) in enumerate(cases.items()):
         generator = step_generator(0, i)                    # of its own: the same masks always
         sums = torch.zeros(3)
         counts = torch.zeros(3)
         for windows in table.starts(split, stride).split(32):
-            batch = table.batch(windows)
-            shown, inputs, targets = make_example(model, batch, args, generator, case=cases[kind, name])
+            shown, inputs, targets = make_example(model, table.batch(windows), args, generator, case=case)
             with autocast:
                 prediction = model(move(inputs, base_rmse.device))
             sums += sum_losses(prediction, move(targets, base_rmse.device), base_rmse, args.loss).cpu()
@@ -398,6 +397,8 @@ def main(argv=None):
     # weights stay float32; autocast does matrix products in a shorter type
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)  # or it underflows
+    if checkpoint:
+        scaler.load_state_dict(checkpoint["scaler"])
 
     table = load_table(args, schema=checkpoint and Schema(**checkpoint["schema"]))
     args.seq_len = table.seq_len                            # a short table has shorter windows
@@ -417,16 +418,6 @@ def main(argv=None):
         for hint in find_hints(table, args):
             print("hint:", hint)
 
-    step = 0
-    best = math.inf
-    val = math.nan
-    history = []
-    if checkpoint:
-        step = checkpoint["step"]
-        best = checkpoint["best"]
-        history = checkpoint["history"]
-        scaler.load_state_dict(checkpoint["scaler"])
-
     def save(name):
         state = {"script": SCRIPT, "args": vars(args), "schema": asdict(table.schema),
                  "config": asdict(raw.config), "closed_form": raw.closed_form, "step": step,
@@ -436,6 +427,11 @@ def main(argv=None):
         log = pd.DataFrame(history)
         replace_file(f"{args.out_dir}/log.csv", lambda path: log.to_csv(path, index=False))
 
+    kept = checkpoint or {}
+    step = kept.get("step", 0)
+    best = kept.get("best", math.inf)
+    history = kept.get("history", [])
+    val = math.nan
     start = time.perf_counter()
     while True:
         # evaluate and save
