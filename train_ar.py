@@ -44,8 +44,7 @@ def get_parser():
     # a roll-out goes on from rows that are slightly off: so does training, or it will not know how
     add("--noise", type=number(float, 0), default=0.05,
         help="on the numbers seen in training, as a share of their step from the row before")
-    add("--mixup", type=number(float, 0, 1), default=0.0,
-        help="in training, up to this share of a window is another's")
+    add("--mixup", type=number(float, 0, 1), default=0.0, help="up to this share of a window is another's")
     add("--base", choices=["closed", "last"],
         help="what the model corrects: the closed form, or the last value (None: the last value for three "
              "and more groups, which may each have a law of its own)")
@@ -54,7 +53,7 @@ def get_parser():
         help="steps ahead at which a roll-out is judged")
     add("--season", type=size, help="a further baseline: the value of so many rows ago (None: without it)")
     # 0.03: at 1 the gradient of the categories drowns that of the places (README)
-    add("--category_weight", type=number(float, 0), default=0.03, help="of their loss beside the numbers'")
+    add("--category_weight", type=number(float, 0), default=0.03, help="of their loss beside numbers'")
     add("--forecast", type=size, help="rows to write at the end, those that come next in each sequence ...")
     add("--to", metavar="FILE", help="... to this .csv")
     add_loop_flags(add, SCRIPT, max_steps=2000)
@@ -297,7 +296,8 @@ def measure_base(model, table, args):
     lines = []
     for (kind, name), case in eval_cases(args).items():
         _, inputs, targets = make_example(model, batch, args, generator, case=case)
-        add_errors(lines, kind, name, table.schema, targets, {"base": (inputs.base, inputs.categorical)})
+        answers = {"base": (inputs.base, inputs.categorical)}
+        add_errors(lines, kind, name, table.schema, targets, answers)
     square = mean_errors(pd.concat(lines), table.schema.numeric, "square", "column").loc["base"]
     rmse = square[table.schema.numeric].fillna(0.0) ** 0.5
     return torch.tensor(rmse.to_numpy()).float().clamp(min=0.01)        # a constant column has no error
@@ -317,7 +317,8 @@ def evaluate(model, table, split, stride, base_rmse, args, autocast):
         sums = torch.zeros(3)
         counts = torch.zeros(3)
         for windows in table.starts(split, stride).split(32):
-            shown, inputs, targets = make_example(model, table.batch(windows), args, generator, case=case)
+            batch = table.batch(windows)
+            shown, inputs, targets = make_example(model, batch, args, generator, case=case)
             with autocast:
                 prediction = model(move(inputs, base_rmse.device))
             sums += sum_losses(prediction, move(targets, base_rmse.device), base_rmse, args.loss).cpu()
@@ -368,7 +369,8 @@ def build_model(table, args, checkpoint, device):
                 fail(f"{args.out_dir}/last.pt holds a model of another shape: {name} must stay {value}")
         model.load_state_dict(checkpoint["model"])
         # what Adam remembers comes from the checkpoint, its settings from the flags
-        optimizer.load_state_dict({**optimizer.state_dict(), "state": checkpoint["optimizer"]["state"]})
+        kept = {"state": checkpoint["optimizer"]["state"]}
+        optimizer.load_state_dict(optimizer.state_dict() | kept)
     return model, optimizer
 
 

@@ -43,23 +43,23 @@ def get_parser():
     add = parser.add_argument
     share = number(float, 0, 1)
     rate = number(float, 0, 1, inside=True)
-    add("--mask_prob", type=rate, default=0.3, help="share of the observed cells hidden in training")
-    add("--mask_prob_start", type=rate, help="progressive: rises from here to --mask_prob (None: constant)")
+    add("--mask_prob", type=rate, default=0.3, help="share of the cells hidden in training")
+    add("--mask_prob_start", type=rate, help="rises from here to --mask_prob (None: constant)")
     add("--mask_spread", type=share, default=0.75,
-        help="each window draws its rate, off --mask_prob by up to this share of the way to 0 or 1")
+        help="a window's rate is off --mask_prob by up to this share of the way to 0 or 1")
     add("--mask_span", type=number(float, 1),
-        help="mean rows of a hidden run, drawn for each window up to this (None: the file's holes)")
+        help="mean rows of a hidden run, for each window up to this (None: as the file's holes)")
     add("--mask_style", choices=["--mask_span 1", "--mask_span 12"], help="is gone; single cells, or runs")
-    add("--mixup", type=share, default=0.0, help="in training, up to this share of a window is another's")
+    add("--mixup", type=share, default=0.0, help="up to this share of a window is another's")
     # a sentence model meets no [MASK] in use, so BERT shows true words as well; real holes ARE [MASK]
     add("--mask_share", type=share, default=1.0, help="of the hidden cells, shown as [MASK] (BERT: 0.8)")
     add("--random_share", type=share, default=0.0, help="of them, shown as another value (BERT: 0.1)")
     add("--score", choices=["hidden", "observed"], default="hidden",
-        help="cells in the training loss; observed: the identity-reconstruction mistake, to see it")
+        help="cells in the training loss; observed: the mistake of identity reconstruction")
     add("--base", choices=["closed", "linear"], default="closed", help="what the model corrects")
     add("--eval_mask_probs", type=rate, nargs="+", default=[0.125, 0.25, 0.375, 0.5],
         help="rates of evaluation, of single cells and of runs")
-    add("--category_weight", type=number(float, 0), default=1.0, help="of their loss beside the numbers'")
+    add("--category_weight", type=number(float, 0), default=1.0, help="of their loss beside numbers'")
     add("--fill", metavar="FILE", help="at the end write the table to this .csv, its holes filled")
     parser.set_defaults(cycles=["day", "year"])             # neighbours tell the day of the week
     add_loop_flags(add, SCRIPT, max_steps=1200)
@@ -140,18 +140,20 @@ def prepare(table, args):
 def report_test(model, table, errors, factor, args):
     """Tables of the test errors, and pictures. Returns what results.json keeps."""
     schema = table.schema
+    cells = errors[errors["kind"] == "cell"]
     runs = errors[errors["kind"] == "span"]
-    test = {"cell": print_errors("single cells hidden", errors[errors["kind"] == "cell"], schema),
+    test = {"cell": print_errors("single cells hidden", cells, schema),
             "span": print_errors(f"runs of {args.mask_span:.3g} rows hidden", runs, schema)}
     curve = mean_errors(runs, schema.numeric, "square", "case").T
     draw_lines(f"{args.out_dir}/errors.png", curve, "share hidden, in runs", "mean squared error")
     windows = table.starts("test", table.seq_len)
     batch = table.batch(windows[len(windows) // 2:][:3])                        # from the middle of the split
     shown, targets = objective(batch, args, step_generator(0), case=(0.3, args.mask_span))
-    said = model.predict(shown).interval(factor, args.coverage)[..., :len(schema.numeric)]
     line, _ = baselines(shown, args)["linear"]
+    said = model.predict(shown).interval(factor, args.coverage)
+    said = said[..., :len(schema.numeric)]                                      # (4, B, T, N)
     guesses = {"linear": line, "model": said[0]}
-    draw_windows(f"{args.out_dir}/window.png", schema, batch, targets.score, guesses, band=said[1:3])
+    draw_windows(f"{args.out_dir}/window.png", schema, batch, targets.score, guesses, said[1:3])
     return {"eval_mask_probs": args.eval_mask_probs, "mask_span": args.mask_span, "test": test}
 
 
@@ -194,8 +196,9 @@ def write_result(model, table, text, errors, factor, args):
     worse = filled.index[filled["model"] > filled["linear"]]
     if len(worse):
         print("straight lines did better on test in", ", ".join(worse))
-    if len(table.observed) > placed:
-        print(f"{len(table.observed) - placed:,} rows without a time or any value are left as they are")
+    blank = len(table.observed) - placed
+    if blank:
+        print(f"{blank:,} rows without a time or any value are left as they are")
     write_text(args.fill, text, lines, args)
 
 
@@ -227,7 +230,8 @@ def measure_base(model, table, args):
     lines = []
     for (kind, name), case in eval_cases(args).items():
         _, inputs, targets = make_example(model, batch, args, generator, case=case)
-        add_errors(lines, kind, name, table.schema, targets, {"base": (inputs.base, inputs.categorical)})
+        answers = {"base": (inputs.base, inputs.categorical)}
+        add_errors(lines, kind, name, table.schema, targets, answers)
     square = mean_errors(pd.concat(lines), table.schema.numeric, "square", "column").loc["base"]
     rmse = square[table.schema.numeric].fillna(0.0) ** 0.5
     return torch.tensor(rmse.to_numpy()).float().clamp(min=0.01)        # a constant column has no error
@@ -247,7 +251,8 @@ def evaluate(model, table, split, stride, base_rmse, args, autocast):
         sums = torch.zeros(3)
         counts = torch.zeros(3)
         for windows in table.starts(split, stride).split(32):
-            shown, inputs, targets = make_example(model, table.batch(windows), args, generator, case=case)
+            batch = table.batch(windows)
+            shown, inputs, targets = make_example(model, batch, args, generator, case=case)
             with autocast:
                 prediction = model(move(inputs, base_rmse.device))
             sums += sum_losses(prediction, move(targets, base_rmse.device), base_rmse, args.loss).cpu()
@@ -298,7 +303,8 @@ def build_model(table, args, checkpoint, device):
                 fail(f"{args.out_dir}/last.pt holds a model of another shape: {name} must stay {value}")
         model.load_state_dict(checkpoint["model"])
         # what Adam remembers comes from the checkpoint, its settings from the flags
-        optimizer.load_state_dict({**optimizer.state_dict(), "state": checkpoint["optimizer"]["state"]})
+        kept = {"state": checkpoint["optimizer"]["state"]}
+        optimizer.load_state_dict(optimizer.state_dict() | kept)
     return model, optimizer
 
 
