@@ -99,12 +99,12 @@ def bert_style_masking(batch, hidden, generator, mask_share=0.8, random_share=0.
     donors = (scorable(batch) & ~hidden).flatten(0, 1)                          # (B*T, F)
     weights = (donors | ~donors.any(dim=0)).float().T       # (F, B*T); from no donor it must draw as well
     lender = torch.multinomial(weights, len(donors), replacement=True, generator=generator).T
-    lends = donors.gather(0, lender).view_as(hidden)
+    lends = donors.gather(0, lender).view_as(hidden)                            # (B, T, F)
     random = hidden & (u >= mask_share) & ~kept & lends
     cells = torch.cat([batch.numeric, batch.categorical.float()], dim=-1)       # (B, T, F)
     lent = cells.flatten(0, 1).gather(0, lender)                                # (B*T, F)
     cells = torch.where(random, lent.view_as(cells), cells)
-    shown = batch.observed & (~hidden | random | kept)
+    shown = batch.observed & (~hidden | random | kept)                          # (B, T, F)
     N = batch.numeric.shape[-1]
     ids = cells[..., N:].long()
     return batch._replace(numeric=cells[..., :N], categorical=ids, observed=shown)
@@ -135,7 +135,7 @@ def neighbours(values, known, time):
     after = torch.where(after < T, after, before).clamp(min=0)
     before = torch.where(before >= 0, before, after)
     time = time[..., None].expand(known.shape)
-    start = time.gather(1, before)
+    start = time.gather(1, before)                  # when these were
     length = time.gather(1, after) - start
     way = (time - start) / length.clamp(min=1e-6)   # 0 / 0 where both are one cell: then any way will do
     values = torch.where(known, values, 0)
@@ -239,8 +239,10 @@ def lag_covariance(sequences, T, own, level):
 def fit_gaussian(sequences, T):
     """The precision, the inverse of that covariance, (T*N, T*N) float32; 0 for columns that do not move."""
     covariance = lag_covariance(sequences, T, own=1e-3, level=1.0)
-    moves = (torch.cat(sequences).var(dim=0) > 1e-6).repeat(T)                  # (T*N,)
-    return covariance.inverse().float() * moves * moves[:, None]
+    precision = covariance.inverse().float()
+    moves = torch.cat(sequences).var(dim=0) > 1e-6                              # (N,)
+    moves = moves.repeat(T)                                                     # (T*N,)
+    return precision * moves * moves[:, None]
 
 
 def gaussian_fill(line, known, precision):

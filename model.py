@@ -3,7 +3,6 @@ The transformer and its loss. One token is one row of the table.
 
     python model.py             # parameters by part, one forward pass shape by shape, one cell to its loss
     python model.py --leaks     # which output rows depend on which input rows, found with autograd
-    python model.py --bench     # milliseconds of a training step on this machine
 
     B    windows in a batch                     N    numeric columns
     T    time steps, rows of a window           K    categorical columns
@@ -30,7 +29,6 @@ from unittest import mock
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.utils.benchmark import Timer
 
 from data import Batch, step_generator, tiny_batch
 from masking import Targets, create_inputs, create_masks, move
@@ -64,10 +62,10 @@ def apply_rotary(x, rotary):
 def plain_attention(q, k, v, attend=None):
     """softmax(q k^T / sqrt(hs)) v (Vaswani 2017): each row takes the mean of all values (B, nh, T, hs),
     weighted by how well its query fits their keys. The fused kernel used below is tested against this."""
-    weight = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])                   # (B, nh, T, T)
+    fit = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])                      # (B, nh, T, T)
     if attend is not None:
-        weight = weight.masked_fill(~attend, float("-inf"))
-    return weight.softmax(dim=-1) @ v                                           # (B, nh, T, hs)
+        fit = fit.masked_fill(~attend, -math.inf)
+    return fit.softmax(dim=-1) @ v                                              # (B, nh, T, hs)
 
 
 class SelfAttention(nn.Module):
@@ -172,7 +170,8 @@ class Prediction(NamedTuple):
         N = self.numeric.shape[-1]
         half[..., :N] = factor * self.scale.cpu()
         for k, logits in enumerate(self.logits):
-            chance[..., N + k] = logits.softmax(dim=-1).amax(dim=-1)
+            chances = logits.softmax(dim=-1)                                    # (B, T, V_k - 2)
+            chance[..., N + k] = chances.amax(dim=-1)
         return torch.stack([value, value - half, value + half, chance])
 
 
@@ -259,8 +258,10 @@ class TableTransformer(nn.Module):
         for now in clock.split(1, dim=1):                                       # (B, 1, C)
             # the whole window is run again for each row: no cache of keys and values, to stay readable
             numeric, ids = predict(batch.rows(-self.config.seq_len, None))      # (B, T, N), (B, T, K)
-            row = Batch(numeric=numeric[:, -1:] * ever[..., :N], categorical=ids[:, -1:] * ever[..., N:],
-                        observed=ever, valid=batch.valid[:, -1:], clock=now, time=batch.time[:, -1:] + 1)
+            numeric = numeric[:, -1:] * ever[..., :N]                           # (B, 1, N)
+            ids = ids[:, -1:] * ever[..., N:]                                   # (B, 1, K)
+            row = Batch(numeric=numeric, categorical=ids, observed=ever, valid=batch.valid[:, -1:], clock=now,
+                        time=batch.time[:, -1:] + 1)
             batch = Batch._make(torch.cat(pair, dim=1) for pair in zip(batch, row))
         return batch.rows(-clock.shape[1], None)
 
@@ -279,20 +280,22 @@ def sum_losses(prediction, targets, base_rmse, loss="mse"):
     base_rmse (N,) is the base's own error; in these units a calm column weighs as much as a wild one. The
     caller divides once, by the count of a whole step clamped to 1: the mean of no cells is 0/0."""
     N = targets.numeric.shape[-1]
+    scored = targets.score[..., :N]
     measure = {"mse": F.mse_loss, "huber": F.huber_loss}[loss]
     guess = prediction.numeric / base_rmse                                      # (B, T, N)
     truth = targets.numeric / base_rmse
     error = measure(guess, truth, reduction="none")                             # (B, T, N), of each cell
     # Targets hold no NaN, so torch.where is safe: what it drops has gradient 0; a dropped NaN has NaN
-    numeric = torch.where(targets.score[..., :N], error, 0.0).sum()
+    numeric = torch.where(scored, error, 0.0).sum()
     categorical = torch.zeros_like(numeric)
     for k, logits in enumerate(prediction.logits):
         target = (targets.categorical[..., k] - 2).clamp(min=0)                 # unscored: any class will do
         error = F.cross_entropy(logits.transpose(1, 2), target, reduction="none")       # (B, T)
         categorical = categorical + torch.where(targets.score[..., N + k], error, 0.0).sum()
-    off = (prediction.numeric.detach() - targets.numeric).abs().clamp(min=1e-4)     # a constant is never off
+    off = (prediction.numeric.detach() - targets.numeric).abs()
+    off = off.clamp(min=1e-4)                                                   # a constant is never off
     nll = off / prediction.scale + prediction.scale.log()
-    scale = torch.where(targets.score[..., :N], nll, 0.0).sum()
+    scale = torch.where(scored, nll, 0.0).sum()
     return torch.stack([numeric, categorical, scale])
 
 
@@ -314,17 +317,10 @@ def explain_non_finite(model, examples, windows, names):
     yield "look at these rows; try a lower --lr or --clip, more --warmup_steps, --dtype float32; --resume"
 
 
-def random_batch(B, T, N):
-    """B windows of T rows of N random numbers, three quarters of them known."""
-    known = torch.arange(B * T * N).view(B, T, N) % 4 > 0
-    none = torch.zeros(B, T, 0)
-    return Batch(numeric=torch.randn(B, T, N), categorical=none.long(), observed=known,
-                 valid=known.any(dim=-1), clock=none, time=torch.arange(T).expand(B, T).float())
-
-
 def over_heads(q, k, v, *options, attend=F.scaled_dot_product_attention):
     """The mistake: SDPA on (B, T, nh, hs). Each row attends over its own heads, and nothing complains."""
-    return attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), *options).transpose(1, 2)
+    swapped = [x.transpose(1, 2) for x in (q, k, v)]
+    return attend(*swapped, *options).transpose(1, 2)
 
 
 def find_leaks(causal, attention=F.scaled_dot_product_attention, T=12, N=3):
@@ -333,15 +329,20 @@ def find_leaks(causal, attention=F.scaled_dot_product_attention, T=12, N=3):
     torch.manual_seed(0)
     model = TableTransformer(Config(N, [], seq_len=T, n_embd=32, causal=causal))
     nn.init.normal_(model.numeric_head.weight)              # a head of zeros would hide the network
-    batch = random_batch(1, T, N)
+    numeric = torch.randn(1, T, N)
+    known = torch.arange(T * N).view(1, T, N) % 4 > 0
+    none = torch.zeros(1, T, 0)
+    time = torch.arange(T)[None].float()
+    batch = Batch(numeric, none.long(), known, valid=known.any(dim=-1), clock=none, time=time)
 
     def output(numeric):
         inputs = create_inputs(batch._replace(numeric=numeric), causal)
         return model(inputs).numeric[0].sum(dim=-1)                             # (T,)
 
     with mock.patch.object(F, "scaled_dot_product_attention", attention):
-        leaks = torch.autograd.functional.jacobian(output, batch.numeric)[:, 0] != 0    # (T, T, N)
-    assert not leaks[:, ~batch.observed[0]].any(), "a hidden value reaches an output"
+        slopes = torch.autograd.functional.jacobian(output, numeric)            # (T, 1, T, N)
+    leaks = slopes[:, 0] != 0
+    assert not leaks[:, ~known[0]].any(), "a hidden value reaches an output"
     return leaks.any(dim=-1)
 
 
@@ -361,41 +362,20 @@ def print_shapes():
     prediction = model(inputs)
     print("untrained, the prediction is the base:", torch.equal(prediction.numeric, inputs.base))
     b, t, j = hidden[..., :N].nonzero()[0].tolist()
-    print(f"{table.schema.numeric[j]} in window {b}, row {t}, is hidden: truth {batch.numeric[b, t, j]:.2f}, "
-          f"prediction {prediction.numeric[b, t, j]:.2f}")
+    truth = batch.numeric[b, t, j]
+    guess = prediction.numeric[b, t, j]
+    name = table.schema.numeric[j]
+    print(f"{name} in window {b}, row {t}, is hidden: truth {truth:.2f}, prediction {guess:.2f}, "
+          f"squared error {(truth - guess) ** 2:.3f}")
     targets = Targets(batch.numeric, batch.categorical, hidden)
-    sums = sum_losses(prediction, targets, torch.ones(N))
+    sums = sum_losses(prediction, targets, base_rmse=1.0)
     print("sums of the losses of hidden numbers, categories, scales:", sums.tolist())
-
-
-def bench(device="cuda" if torch.cuda.is_available() else "cpu"):
-    """The median time of a training step: a mean would count the neighbours' work as ours."""
-    for B, T in ((32, 96), (14, 1024)):
-        model = TableTransformer(Config(7, [], seq_len=T)).to(device)
-        optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-        inputs = move(create_inputs(random_batch(B, T, 7), causal=False), device)
-
-        def step(dtype):
-            with torch.autocast(device, dtype, enabled=dtype != torch.float32):
-                loss = model(inputs).numeric.square().mean()
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-
-        for dtype in (torch.float32, torch.bfloat16):
-            timer = Timer("step(dtype)", globals=locals(), num_threads=torch.get_num_threads())
-            median = timer.blocked_autorange(min_run_time=2).median
-            print(f"{B} windows of {T} rows, {dtype}: {1e3 * median:.1f} ms a step", flush=True)
 
 
 if __name__ == "__main__":
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--leaks", action="store_true", help="who depends on whom, as a picture in text")
-    parser.add_argument("--bench", action="store_true", help="how long a training step takes")
-    args = parser.parse_args()
-    if args.bench:
-        bench()
-    elif args.leaks:
+    if parser.parse_args().leaks:
         print("a line an output row, 1 = it depends on this input row", find_leaks(False).int(), sep="\n")
         print("causal", find_leaks(True).int(), sep="\n")
         print("causal, over the wrong axis: what is left comes from the base and the step to the row before")

@@ -120,8 +120,8 @@ def roll_out(model, table, split, steps, args):
     given = batch.rows(0, args.given)
     asked = batch.rows(args.given, end)
     ahead = model.rollout(given, asked.clock)
-    error = (ahead.numeric - asked.numeric).abs()
-    wrong = ahead.categorical != asked.categorical
+    error = (ahead.numeric - asked.numeric).abs()                               # (B, steps, N)
+    wrong = ahead.categorical != asked.categorical                              # (B, steps, K)
     off = torch.cat([error, wrong], dim=-1).masked_fill(~asked.observed, math.nan)
     return given, asked, ahead, off
 
@@ -147,7 +147,7 @@ def fit_horizons(model, table, steps, args):
     half = off.nanquantile(args.coverage, dim=0)
     half = torch.where(half.isnan(), math.inf, half)        # val has no such value: anything may come
     half[:, N:] = 0.0
-    chance = 1 - off.nanmean(dim=0)
+    chance = 1 - off.nanmean(dim=0)                         # of a category, the share that val got right
     chance[:, :N] = args.coverage
     return half, chance
 
@@ -189,7 +189,7 @@ def report_test(model, table, errors, factor, args):
         numbers = [name for name in numbers if name[-2:] in ("_x", "_y")]
     fit_trust(model, table, args)
     longest = max(args.horizons)
-    given, asked, ahead, off = roll_out(model, table, "test", longest, args)
+    given, asked, ahead, off = roll_out(model, table, "test", longest, args)    # off (B, longest, F)
     answers = {"model": ahead}
     for name in baselines(given, args, model.closed_form):
         predict = lambda shown: baselines(shown, args, model.closed_form)[name]
@@ -232,8 +232,8 @@ def draw_rollout(schema, given, asked, answers, half, args):
     for name, rows in answers.items():
         guesses[name] = torch.cat([given.numeric, rows.numeric], dim=1)[some]
     width = torch.zeros_like(guesses["model"])
-    width[:, args.given:] = half[:, :len(schema.numeric)]
-    band = torch.stack([guesses["model"] - width, guesses["model"] + width])
+    width[:, args.given:] = half[:, :len(schema.numeric)]   # nothing was asked before
+    band = torch.stack([guesses["model"] - width, guesses["model"] + width])    # (2, 3, T, N)
     draw_windows(f"{args.out_dir}/window.png", schema, batch, is_asked, guesses, band)
 
 

@@ -140,7 +140,7 @@ def prepare(table, args):
 def report_test(model, table, errors, factor, args):
     """Tables of the test errors, and pictures. Returns what results.json keeps."""
     schema = table.schema
-    cells = errors[errors["kind"] == "cell"]
+    cells = errors[errors["kind"] == "cell"]                # the kinds of eval_cases
     runs = errors[errors["kind"] == "span"]
     test = {"cell": print_errors("single cells hidden", cells, schema),
             "span": print_errors(f"runs of {args.mask_span:.3g} rows hidden", runs, schema)}
