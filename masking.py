@@ -128,7 +128,7 @@ def last_known(values, known):
 
 def neighbours(values, known, time):
     """The nearest known cells of the column at or before each cell and at or after it, and how far it is from
-    one to the other in time, 0 to 1: three (B, T, ...). A side that has none is as the other; else 0."""
+    one to the other in time, 0 to 1: three (B, T, ...). A side without any is as the other; 0 if both are."""
     T = known.shape[1]
     before = last_true(known)                                                   # -1 where there is none
     after = T - 1 - last_true(known.flip(1)).flip(1)                            # T where there is none
@@ -137,7 +137,7 @@ def neighbours(values, known, time):
     time = time[..., None].expand(known.shape)
     start = time.gather(1, before)                  # when these were
     length = time.gather(1, after) - start
-    way = (time - start) / length.clamp(min=1e-6)   # 0 / 0 where both are one cell: then any way will do
+    way = (time - start) / length.clamp(min=1e-6)   # 0 where both are one cell, and then any way will do
     values = torch.where(known, values, 0)
     return values.gather(1, before), values.gather(1, after), way
 

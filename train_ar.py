@@ -239,8 +239,6 @@ def draw_rollout(schema, given, asked, answers, half, args):
 
 def write_result(model, table, prepared, errors, factor, args):
     """--forecast: the rows that come next in each sequence; --intervals: and how sure each is."""
-    if prepared is None:
-        return
     text, rows, clock = prepared
     start, end = table.segments["all"].unbind(1)
     start = torch.maximum(start, end - table.seq_len)       # of the last window of each
@@ -506,7 +504,8 @@ def main(argv=None):
         dist.destroy_process_group()
     if rank == 0:
         errors, factor = conclude(raw, table, base_rmse, args, autocast, history)
-        write_result(raw, table, prepared, errors, factor, args)
+        if prepared is not None:
+            write_result(raw, table, prepared, errors, factor, args)
     return history
 
 

@@ -43,24 +43,24 @@ def get_parser():
     add = parser.add_argument
     share = number(float, 0, 1)
     rate = number(float, 0, 1, inside=True)
-    add("--mask_prob", type=rate, default=0.3, help="share of the cells hidden in training")
+    add("--mask_prob", type=rate, default=0.3, help="share of cells hidden in training")
     add("--mask_prob_start", type=rate, help="rises from here to --mask_prob (None: constant)")
     add("--mask_spread", type=share, default=0.75,
         help="a window's rate is off --mask_prob by up to this share of the way to 0 or 1")
     add("--mask_span", type=number(float, 1),
-        help="mean rows of a hidden run, for each window up to this (None: as the file's holes)")
+        help="mean rows of a hidden run, in a window up to this (None: as in the file)")
     add("--mask_style", choices=["--mask_span 1", "--mask_span 12"], help="is gone; single cells, or runs")
     add("--mixup", type=share, default=0.0, help="up to this share of a window is another's")
     # a sentence model meets no [MASK] in use, so BERT shows true words as well; real holes ARE [MASK]
     add("--mask_share", type=share, default=1.0, help="of the hidden cells, shown as [MASK] (BERT: 0.8)")
-    add("--random_share", type=share, default=0.0, help="of them, shown as another value (BERT: 0.1)")
+    add("--random_share", type=share, default=0.0, help="of them, as another value (BERT: 0.1)")
     add("--score", choices=["hidden", "observed"], default="hidden",
         help="cells in the training loss; observed: the mistake of identity reconstruction")
     add("--base", choices=["closed", "linear"], default="closed", help="what the model corrects")
     add("--eval_mask_probs", type=rate, nargs="+", default=[0.125, 0.25, 0.375, 0.5],
-        help="rates of evaluation, of single cells and of runs")
+        help="rates evaluated, of single cells and of runs")
     add("--category_weight", type=number(float, 0), default=1.0, help="of their loss beside numbers'")
-    add("--fill", metavar="FILE", help="at the end write the table to this .csv, its holes filled")
+    add("--fill", metavar="FILE", help="write the table to this .csv, its holes filled")
     parser.set_defaults(cycles=["day", "year"])             # neighbours tell the day of the week
     add_loop_flags(add, SCRIPT, max_steps=1200)
     return parser
@@ -174,8 +174,6 @@ def predict_rows(model, table, factor, args):
 
 def write_result(model, table, text, errors, factor, args):
     """--fill: the table with a value in every hole; --intervals: and how sure each is."""
-    if text is None:
-        return
     said = predict_rows(model, table, factor, args)
     placed = int(table.segments["all"].max())               # rows that belong to a sequence
     schema = table.schema
@@ -440,7 +438,8 @@ def main(argv=None):
         dist.destroy_process_group()
     if rank == 0:
         errors, factor = conclude(raw, table, base_rmse, args, autocast, history)
-        write_result(raw, table, prepared, errors, factor, args)
+        if prepared is not None:
+            write_result(raw, table, prepared, errors, factor, args)
     return history
 
 
