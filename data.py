@@ -66,14 +66,14 @@ class Table:
     observed: torch.Tensor      # (rows, F) bool
     clock: torch.Tensor         # (rows, C) float32
     time: torch.Tensor          # (rows,) float64, in median steps
-    order: np.ndarray           # (rows,) which row of the file each was; beyond its end: of --regular.
-                                # Rows without a time come last, belong to no sequence, and stay as they are
-    axis: "TimeAxis"            # its time stamps, and how the file writes them
+    keys: pd.DataFrame          # (rows,) "group" and "time" of each row; index: which row of the file it was,
+                                # beyond its end: of --regular. Rows without a time come last, are of no group
+    time_columns: list          # of the file
+    pattern: str                # how it writes them, see TimeAxis
     kinds: dict                 # column of the file -> what it was taken for
     seq_len: int                # T
     segments: dict              # split -> (S, 2) int64, [start, end) rows of S sequences that may be read;
                                 # "all" -> every sequence whole
-    split_by_time: bool         # or whole groups are train, val or test
 
     def starts(self, split, stride):
         """Windows every `stride` rows, and a last one flush with the end, so that no row of the split is left
@@ -118,32 +118,30 @@ def load_table(args, frame=None, schema=None):
     frame = frame.reset_index(drop=True)                    # rows are known by their number alone
     kinds = infer_kinds(frame, args)
     axis = read_time(frame, kinds, args)
-    group = pd.Series("", frame.index)                      # the label of the sequence of each row
+    keys = pd.DataFrame({"group": "", "time": axis.stamps})         # whose row it is, and of when
     for name in kinds:
         if kinds[name] == "group":
-            group = labels(frame[name]).fillna("")
+            keys["group"] = labels(frame[name]).fillna("")
+    keys["group"] = keys["group"].where(keys["time"].notna())
     if args.regular:
-        frame, group, axis = insert_absent_rows(frame, group, axis, args)
-    # equal times keep their order
-    keys = pd.DataFrame({"group": group.where(axis.stamps.notna()), "time": axis.stamps})
-    order = keys.sort_values(["group", "time"], kind="stable").index
-    if not order.is_monotonic_increasing:                   # a big table need not be held twice
-        frame = frame.iloc[order]
-    axis = axis._replace(stamps=axis.stamps.iloc[order])
-    lengths = keys.groupby("group").size().to_numpy()
+        frame, keys = insert_absent_rows(frame, keys, args)
+    keys = keys.sort_values(["group", "time"], kind="stable")       # equal times keep their order
+    if not keys.index.is_monotonic_increasing:              # a big table need not be held twice
+        frame = frame.iloc[keys.index]
+    lengths = keys["group"].value_counts(sort=False).to_numpy()
     if len(lengths) == 0:
         fail(f"{args.data}: no row has a time in {' '.join(axis.columns)!r} (--time_col)")
-    seq_len, segments, split_by_time = split_rows(lengths, args, schema)
+    seq_len, segments = split_rows(lengths, args, schema)
     is_train = np.zeros(len(frame), bool)                   # the rows that statistics may be taken from
     for start, end in segments["train"].tolist():
         is_train[start:end] = True
     if schema is None:
-        schema = fit_schema(frame, kinds, axis, is_train, args)
+        schema = fit_schema(frame, kinds, keys["time"], is_train, args)
     numeric, categorical, observed = encode(frame, schema, args)
     return Table(schema=schema, numeric=numeric, categorical=categorical, observed=observed,
-                 clock=time_features(axis.stamps, schema.cycles, args), time=median_steps(axis, lengths),
-                 order=order.to_numpy(), axis=axis, kinds=kinds, seq_len=seq_len,
-                 segments=segments, split_by_time=split_by_time)
+                 clock=time_features(keys["time"], schema.cycles, args), time=median_steps(keys),
+                 keys=keys, time_columns=axis.columns, pattern=axis.pattern, kinds=kinds,
+                 seq_len=seq_len, segments=segments)
 
 
 def encode(frame, schema, args):
@@ -158,7 +156,7 @@ def encode(frame, schema, args):
         if name not in frame:
             fail(f"{args.data}: there is no column {name!r}, which the checkpoint was trained on")
     for j, name in enumerate(schema.numeric):
-        x = clean_numbers(frame[name], args)                # float64, NaN where there is none
+        x = read_numbers(frame[name], args)                 # float64, NaN where there is none
         observed[:, j] = ~np.isnan(x)
         scaled = (x - schema.center[j]) / schema.scale[j]
         scaled = np.clip(scaled, -1e9, 1e9)                 # so that squares are finite
@@ -171,25 +169,32 @@ def encode(frame, schema, args):
     return torch.from_numpy(numeric), torch.from_numpy(categorical), torch.from_numpy(observed)
 
 
-def fit_schema(frame, kinds, axis, is_train, args):
+def fit_schema(frame, kinds, stamps, is_train, args):
     """Scales, vocabularies and cycles, from the rows where is_train, (rows,) bool, is True alone."""
     numeric = [name for name in kinds if kinds[name] == "numeric"]
     categorical = [name for name in kinds if kinds[name] == "categorical"]
     schema = Schema(numeric, categorical, center=[], scale=[], vocabulary=[], learnt=[], cycles=[])
     for name in numeric:
-        x = clean_numbers(frame[name], args)[is_train]
-        center, scale = fit_scale(x[~np.isnan(x)])
+        x = read_numbers(frame[name], args)[is_train]
+        x = x[~np.isnan(x)]
+        schema.learnt.append(len(x) > 0)
+        if len(x) == 0:
+            x = np.zeros(1)
+        x = np.clip(x, *np.quantile(x, [0.001, 0.999]))     # one spike must not set the scale of all
+        center = float(x.mean())
+        scale = float(x.std())
+        if scale <= 1e-9 * abs(center):                     # a constant's std is rounding
+            scale = 1.0
         schema.center.append(center)
         schema.scale.append(scale)
-        schema.learnt.append(not np.isnan(x).all())
     for name in categorical:
         # commonest first, so that id 2 is what one would guess without a model; then by name
         count = labels(frame[name])[is_train].value_counts().sort_index()
         count = count.sort_values(ascending=False, kind="stable")
         schema.vocabulary.append(count.index.tolist())
         schema.learnt.append(len(count) > 0)
-    if pd.api.types.is_datetime64_any_dtype(axis.stamps):
-        train = axis.stamps[is_train]
+    if pd.api.types.is_datetime64_any_dtype(stamps):
+        train = stamps[is_train]
         seconds = (train.max() - train.min()).total_seconds()
         # a cycle that the train rows have not seen twice tells dates apart, and is learnt by heart
         schema.cycles = [cycle for cycle in args.cycles if seconds >= 2 * CYCLES[cycle]]
@@ -227,23 +232,10 @@ def fail(message):
 
 
 # -----------------------------------------------------------------------------
-# scales and splits
+# splits
 
-def fit_scale(x):
-    """Mean and standard deviation of a column's train values, float64; a constant or an empty one has
-    scale 1."""
-    if len(x) == 0:
-        return 0.0, 1.0
-    x = np.clip(x, *np.quantile(x, [0.001, 0.999]))         # one spike must not set the scale of all
-    center = x.mean()
-    scale = x.std()
-    if scale <= 1e-9 * abs(center):                         # a constant's std is rounding
-        scale = 1.0
-    return float(center), float(scale)
-
-
-def split_counts(n, what, args):
-    """--split -> how many of n rows (or groups) are train, val and test."""
+def split_ends(n, what, args):
+    """--split -> after how many of n rows (or groups) train, val and test end."""
     counts = args.split
     if sum(args.split) <= 1 + 1e-6:                         # fractions; of a few groups none gets nothing
         val = max(1, round(n * args.split[1]))
@@ -252,41 +244,37 @@ def split_counts(n, what, args):
     if min(counts) < 1 or sum(counts) > n or any(count % 1 for count in counts):
         fail(f"{args.data}: --split {args.split} does not fit its {n} {what}: three fractions or counts, "
              "and at least one for each part")
-    return [int(count) for count in counts]
+    return np.cumsum(counts).astype(int)
 
 
 def split_rows(lengths, args, schema=None):
-    """T, the segments of Table, and whether time is split. lengths: rows of each group, in row order.
+    """T and the segments of Table. lengths: rows of each group, in row order.
 
     One or two sequences are split by time, each. As the ETTh1 protocol has it (Zhou 2021), a val or test
     window may begin up to T rows before its part. More groups are split by group, shuffled with a fixed seed.
     """
     end = np.cumsum(lengths)
-    start = end - lengths                                                       # (groups,)
-    by_time = len(lengths) < 3
-    if by_time:
-        counts = np.array([split_counts(n, "rows", args) for n in lengths.tolist()])
-        longest = counts[:, 0].min()
-    else:
-        counts = split_counts(len(lengths), "groups", args)
+    whole = torch.from_numpy(np.stack([end - lengths, end], axis=1))            # (groups, 2)
+    if len(lengths) > 2:
         # not the first groups to train on: files are sorted, and the last wells are the newest
         mixed = np.random.default_rng(0).permutation(len(lengths))
-        train, val, test, _ = np.split(mixed, np.cumsum(counts))
-        longest = lengths[train].max()
-    # no window need be longer than what there is to train on; a checkpoint has its own T
-    seq_len = args.seq_len if schema else min(args.seq_len, int(longest))
-    if by_time:
-        a, b, c = start + np.cumsum(counts, axis=1).T                           # where the parts end
-        parts = {"train": (start, a),
-                 "val": (np.maximum(a - seq_len, start), b),
-                 "test": (np.maximum(b - seq_len, start), c)}
+        a, b, c = split_ends(len(lengths), "groups", args)
+        segments = {"train": whole[mixed[:a]], "val": whole[mixed[a:b]], "test": whole[mixed[b:c]]}
     else:
-        parts = {"train": (start[train], end[train]),
-                 "val": (start[val], end[val]),
-                 "test": (start[test], end[test])}
-    parts["all"] = (start, end)
-    segments = {name: torch.from_numpy(np.stack(edges, axis=1)) for name, edges in parts.items()}
-    return seq_len, segments, by_time
+        ends = np.array([split_ends(n, "rows", args) for n in lengths])
+        a, b, c = torch.from_numpy(ends.T) + whole[:, 0]                        # (groups,) each
+        segments = {"train": torch.stack([whole[:, 0], a], dim=1),
+                    "val": torch.stack([a, b], dim=1),
+                    "test": torch.stack([b, c], dim=1)}
+    seq_len = args.seq_len
+    if not schema:                                          # a checkpoint has its own T
+        longest = int(segments["train"].diff(dim=1).max())
+        seq_len = min(seq_len, longest)
+    if len(lengths) <= 2:
+        for name in ("val", "test"):
+            segments[name][:, 0] = torch.maximum(segments[name][:, 0] - seq_len, whole[:, 0])
+    segments["all"] = whole
+    return seq_len, segments
 
 
 # -----------------------------------------------------------------------------
@@ -369,7 +357,7 @@ def infer_kinds(frame, args):
         kinds.update(dict.fromkeys(parts, "time"))
     for name in kinds:
         kinds[name] = kinds[name] or infer_kind(frame[name], args)
-        if name in args.numeric_cols and np.isnan(clean_numbers(frame[name], args)).all():
+        if name in args.numeric_cols and np.isnan(read_numbers(frame[name], args)).all():
             fail(f"{args.data}: no value of column {name!r} reads as a number (--numeric_cols)")
     if not {"numeric", "categorical"} & set(kinds.values()):
         fail(f"{args.data}: no usable column: it needs numbers or categories beside the time and the group")
@@ -383,25 +371,20 @@ def infer_kind(column, args):
     if pd.api.types.is_datetime64_any_dtype(column) or looks_like_time(column):
         return SECOND_TIME if args.time_col else "time"
     words = column.dropna()
-    if (~np.isnan(read_numbers(words, args))).sum() >= 0.9 * len(words):
+    if (~np.isnan(read_numbers(words, args, np.inf))).sum() >= 0.9 * len(words):
         return "numeric"                                    # a "Bad" among numbers is a missing number
     if words.nunique() > MAX_CATEGORIES:                    # each would have a class and a vector of its own
         return f"dropped: over {MAX_CATEGORIES} distinct texts (--categorical_cols keeps it)"
     return "categorical"
 
 
-def read_numbers(column, args):
-    """A column as float64, NaN where it is no number. One word among numbers has made all of them text."""
-    if pd.api.types.infer_dtype(column, skipna=True) == "string":
+def read_numbers(column, args, largest=SENTINEL):
+    """A column as float64, NaN where it is no number or a larger one: in float32 -1.18e42 would be -inf."""
+    if pd.api.types.infer_dtype(column, skipna=True) == "string":       # one word makes all of them text
         column = column.str.replace(args.thousands or "\0", "", regex=False)
         column = column.str.replace(args.decimal, ".", regex=False)
-    return pd.to_numeric(column, errors="coerce").to_numpy(dtype=np.float64, na_value=np.nan, copy=True)
-
-
-def clean_numbers(column, args):
-    """The same, NaN where it is infinite or a sentinel, too: in float32 -1.18e42 would be -inf."""
-    x = read_numbers(column, args)
-    x[~(np.abs(x) <= SENTINEL)] = np.nan                    # `not <=` catches nan, inf and sentinel in one go
+    x = pd.to_numeric(column, errors="coerce").to_numpy(dtype=np.float64, na_value=np.nan, copy=True)
+    x[~(np.abs(x) <= largest)] = np.nan                     # `not <=` catches nan, inf and sentinel in one go
     return x
 
 
@@ -507,7 +490,7 @@ def read_time(frame, kinds, args):
     if len(columns) == 1 and pd.api.types.is_datetime64_any_dtype(first):
         return TimeAxis(columns, "number", first)           # is written as pandas does
     if len(columns) == 1 and pd.api.types.is_numeric_dtype(first) and not looks_like_time(first):
-        return TimeAxis(columns, "number", pd.Series(clean_numbers(first, args), first.index))
+        return TimeAxis(columns, "number", pd.Series(read_numbers(first, args), first.index))
     axis = read_columns(frame, columns, args)
     if axis is None and not args.time_col:                  # a date and a date of installation make no time
         kinds.update(dict.fromkeys(columns[1:], SECOND_TIME))
@@ -546,36 +529,37 @@ def time_grid(first, last, steps, step):
     return pd.Index(first + step * np.arange(steps))
 
 
-def median_steps(axis, lengths):
+def median_steps(keys):
     """(rows,) float64: when each row was, in median steps; its number where time does not tell."""
-    seconds = axis.stamps.ffill()                           # rows without a stamp come last
+    seconds = keys["time"].ffill()                          # rows without a stamp come last
     if pd.api.types.is_datetime64_any_dtype(seconds):
         seconds = (seconds - seconds.min()).dt.total_seconds()
-    groups = np.repeat(np.arange(len(lengths)), lengths)
-    steps = seconds.iloc[:len(groups)].groupby(groups).diff()
+    steps = seconds.groupby(keys["group"]).diff()
     step = steps[steps > 0].median()
-    if not step > 0 or seconds.isna().any():
+    if not step > 0:
         return torch.arange(len(seconds)).double()
     return torch.from_numpy((seconds / step).to_numpy(np.float64, copy=True))
 
 
-def insert_absent_rows(frame, group, axis, args):
+def even_keys(keys):
+    """The different keys (group and time) of a table, and what they were if no step of time were absent."""
+    known = keys.dropna().drop_duplicates()
+    every = []
+    for name, own in known.groupby("group")["time"]:
+        if len(own) > 1:
+            own = time_grid(own.min(), own.max(), None, time_step(own))
+        every.append(pd.DataFrame({"group": name, "time": own}))
+    return known, pd.concat(every)
+
+
+def insert_absent_rows(frame, keys, args):
     """--regular: the same with a row of holes at the end for each step of time that is not there."""
-    stamps = []
-    names = []
-    for name, own in axis.stamps.dropna().groupby(group):
-        if own.nunique() < 2:
-            continue
-        grid = time_grid(own.min(), own.max(), None, time_step(own))
-        if not own.isin(grid).all():
-            fail(f"{args.data}: --regular: steps of time are uneven, so nobody can say which rows are absent")
-        absent = grid.difference(own).tolist()
-        stamps += absent
-        names += [name] * len(absent)
-    rows = pd.RangeIndex(len(frame), len(frame) + len(stamps))
-    group = pd.concat([group, pd.Series(names, rows, dtype=object)])
-    stamps = pd.concat([axis.stamps, pd.Series(stamps, rows, dtype=axis.stamps.dtype)])
-    return frame.reindex(group.index), group, axis._replace(stamps=stamps)
+    known, every = even_keys(keys)
+    absent = pd.concat([every, known, known]).drop_duplicates(keep=False)       # what is there once
+    if len(known) + len(absent) > len(every):
+        fail(f"{args.data}: --regular: steps of time are uneven, so nobody can say which rows are absent")
+    keys = pd.concat([keys, absent], ignore_index=True)
+    return frame.reindex(keys.index), keys
 
 
 # -----------------------------------------------------------------------------
@@ -619,12 +603,12 @@ def read_text(table, args):
         text = frame.astype(object).where(frame.notna(), "").astype(str)
     text.columns = list(table.kinds)
     if args.regular:
-        absent = table.order >= len(text)
+        absent = table.keys.index >= len(text)
         before = np.where(absent, 0, np.arange(len(absent)))
         before = np.maximum.accumulate(before)              # the last row of the file, in order of time
-        rows = new_rows(table, text, before[absent], table.axis.stamps[absent], args)
-        text = pd.concat([text, rows]).iloc[table.order]
-        table.order = np.arange(len(text))                  # from here on that is the file
+        rows = new_rows(table, text, before[absent], table.keys["time"][absent], args)
+        text = pd.concat([text, rows]).iloc[table.keys.index]
+        table.keys = table.keys.reset_index(drop=True)      # from here on that is the file
     return text
 
 
@@ -641,9 +625,7 @@ def scaled_numbers(table):
 
 def unlike_groups(table):
     """Columns that vary a thousand times more in one group than in another: the small one would drown."""
-    lengths = table.segments["all"].diff(dim=1).flatten()
-    group = np.repeat(np.arange(len(lengths)), lengths)
-    groups = scaled_numbers(table).iloc[:len(group)].groupby(group)
+    groups = scaled_numbers(table).groupby(table.keys["group"].to_numpy())
     spread = groups.max() - groups.min()                                        # (groups, N)
     unlike = spread.where(spread > 0).min() < 1e-3 * spread.max()
     return unlike.index[unlike].tolist()
@@ -655,7 +637,7 @@ def spell(table, name, values, text, args, forecast=False):
     spells them."""
     schema = table.schema
     seen = table.observed[:, (schema.numeric + schema.categorical).index(name)].numpy()
-    own = text[name].iloc[table.order[seen]].str.strip()                        # the column's own cells
+    own = text[name].iloc[table.keys.index[seen]].str.strip()                   # the column's own cells
     if name in schema.categorical:
         ids = table.categorical[seen, schema.categorical.index(name)].numpy()
         return own.groupby(ids).first().reindex(values.numpy()).to_numpy()
@@ -701,17 +683,19 @@ def stamp_text(stamps, pattern, manner):
 def new_rows(table, text, like, stamps, args):
     """Rows of text in which only the time is filled in, by `stamps`, a Series, written as the file writes its
     own, and the group, that of the rows `like` of the table."""
-    rows = text.iloc[table.order[like]].copy()
+    rows = text.iloc[table.keys.index[like]].copy()
     rows.loc[:, [name for name in text if table.kinds[name] != "group"]] = ""
     if has_row_names(text):
         rows.index = [""] * len(rows)                       # nobody has named them yet
-    axis = table.axis
-    known = axis.stamps.notna().to_numpy() & (table.order < len(text))
-    patterns = axis.pattern.rsplit(" ", len(axis.columns) - 1)
-    for name, pattern in zip(axis.columns, patterns if len(rows) else ()):
-        own = text[name].iloc[table.order[known]].str.strip().to_numpy()
+    if len(rows) == 0:
+        return rows
+    known = table.keys["time"].dropna()
+    known = known[known.index < len(text)]
+    patterns = table.pattern.rsplit(" ", len(table.time_columns) - 1)
+    for name, pattern in zip(table.time_columns, patterns):
+        own = text[name].iloc[known.index].str.strip().to_numpy()
         fitting = [manner for manner in MANNERS if pattern == "number"
-                   or (stamp_text(axis.stamps[known], pattern, manner) == own).all()]
+                   or (stamp_text(known, pattern, manner) == own).all()]
         if not fitting:
             fail(f"{args.data}: {name} is read as {pattern!r} and not written so (such as {own[-1]!r}): new "
                  "stamps would look otherwise; --time_format, or a column in one format")
@@ -728,11 +712,10 @@ def next_rows(table, text, steps, args):
     """The rows that come next, `steps` for each sequence: a DataFrame of text in which only the time and the
     group are filled in, and the clock, (sequences, steps, C)."""
     stamps = []
-    for start, end in table.segments["all"].tolist():
-        own = table.axis.stamps.iloc[start:end]
-        step = time_step(own if len(own) > 1 else table.axis.stamps)
+    for _, own in table.keys["time"].groupby(table.keys["group"]):
+        step = time_step(own if len(own) > 1 else table.keys["time"])
         if step != step or own.nunique() < len(own) / 2:
-            fail(f"{args.data}: --forecast cannot go on from {' '.join(table.axis.columns)!r}, whose step is "
+            fail(f"{args.data}: --forecast cannot go on from {' '.join(table.time_columns)!r}, whose step is "
                  f"{step}: does another column tell sequences (--group_col) or hours (--time_col) apart?")
         grid = time_grid(own.iloc[-1], None, steps + 1, step)
         stamps.append(pd.Series(grid[1:]))
@@ -1183,16 +1166,8 @@ def default_span(table):
 
 def absent_steps(table):
     """How many steps of time have no row, and how many rows have the stamp of another."""
-    missing = 0
-    repeated = 0
-    for start, end in table.segments["all"].tolist():
-        own = table.axis.stamps.iloc[start:end]
-        distinct = own.nunique()
-        if distinct > 1:
-            steps = len(time_grid(own.min(), own.max(), None, time_step(own)))
-            missing += max(0, steps - distinct)
-        repeated += len(own) - distinct
-    return missing, repeated
+    known, every = even_keys(table.keys)
+    return max(0, len(every) - len(known)), table.keys["time"].count() - len(known)
 
 
 def find_hints(table, args):
@@ -1206,7 +1181,7 @@ def find_hints(table, args):
         hints.append(f"the same stamps again and again: a long file (--group_col {label}, or pivot it), or "
                      "is the hour in another column (--time_col Date Hour)?")
     for name in schema.numeric:
-        if re.search(NAMED_TIME, name) and not table.axis.columns and not args.group_col:
+        if re.search(NAMED_TIME, name) and not table.time_columns and not args.group_col:
             hints.append(f"{name} is taken for a number: is it the time? --time_col {name}")
     numbers = scaled_numbers(table)[::1 + len(table.observed) // 100_000]
     numbers = numbers * schema.scale + schema.center
@@ -1236,7 +1211,7 @@ def find_hints(table, args):
 def describe(table, args):
     """Print what was understood, in at most 30 lines."""
     schema = table.schema
-    axis = table.axis
+    stamps = table.keys["time"]
     holes, runs = hole_runs(table)
     numbers = scaled_numbers(table).agg(["min", "mean", "max"]) * schema.scale + schema.center
     lines = pd.DataFrame(index=schema.numeric + schema.categorical)
@@ -1249,10 +1224,10 @@ def describe(table, args):
     print(lines.to_string(max_rows=14, max_colwidth=70))
     others = {name: kind for name, kind in table.kinds.items() if name not in lines.index}
     print("other columns:", others or "none")
-    if axis.columns:
+    if table.time_columns:
         absent, repeated = absent_steps(table)
-        print(f"time: {' '.join(axis.columns)} as {axis.pattern}, {axis.stamps.min()} to "
-              f"{axis.stamps.max()}, step {time_step(axis.stamps)}, {absent:,} absent, {repeated:,} repeated")
+        print(f"time: {' '.join(table.time_columns)} as {table.pattern}, {stamps.min()} to {stamps.max()}, "
+              f"step {time_step(stamps)}, {absent:,} absent, {repeated:,} repeated")
     for split in ("train", "val", "test"):
         segments = table.segments[split]
         print(f"{split}: {int(segments.diff(dim=1).sum()):,} rows, {len(segments)} sequence(s), "

@@ -118,7 +118,7 @@ def rollout_windows(table, split, steps, args):
     """Windows of a split that hold the rows given and `steps` rows to ask for, as in Table.starts. Where time
     is split the given ones may lie before the rows of the split; what is asked never does."""
     windows = table.starts(split, args.eval_stride)
-    if table.split_by_time:                                 # then the split begins seq_len rows early
+    if len(table.segments["all"]) < 3:                      # then the split begins seq_len rows early
         windows = windows + torch.tensor([table.seq_len - args.given, 0])
     # the last ones may be too near to the end of their sequence to be judged
     return windows[windows[:, 1] - windows[:, 0] >= args.given + steps]
@@ -176,7 +176,7 @@ def prepare(table, args):
     """What no flag can know alone, and what must not go wrong after minutes of training. Returns the rows to
     come, without their values, and their clock; or None."""
     if args.base is None:
-        args.base = "closed" if table.split_by_time else "last"
+        args.base = "closed" if len(table.segments["all"]) < 3 else "last"
     if (args.season or 1) > args.given:
         fail(f"--season {args.season} looks back further than a roll-out's --given {args.given} rows")
     if bool(args.forecast) != bool(args.to) or args.intervals and args.to in (None, args.intervals):
