@@ -21,6 +21,9 @@ import pandas as pd
 import torch
 from pandas.tseries.api import guess_datetime_format
 
+# pandas says when it reads a day as a month, and what infer_freq returns is about to change
+warnings.filterwarnings("ignore", "Parsing dates|A future version of pandas will return a BaseOffset")
+
 SENTINEL = 1e30                     # files write "no reading" as -1.18e42; nothing we measure is that big
 MAX_CATEGORIES = 1000               # a text column with more distinct values than this is an identifier
 CYCLES = {"day": 86_400, "week": 604_800, "year": 365.25 * 86_400}      # in seconds: the hands of the clock
@@ -295,10 +298,17 @@ NAMED_TIME = r"(?i)time|date|stamp|epoch|year|datum|zeit"
 
 
 def read_raw(args, **options):
-    """The file as a DataFrame, by pandas; whatever cannot be read ends in one sentence."""
+    """The table as a DataFrame, by pandas; whatever cannot be read ends in one sentence."""
+    if args.data in SIMULATIONS:
+        return SIMULATIONS[args.data]()
     try:
         if args.data.endswith(".parquet"):
-            return pd.read_parquet(args.data)
+            frame = pd.read_parquet(args.data)
+            named = any(frame.index.names) or isinstance(frame.index, pd.DatetimeIndex)
+            frame = frame.reset_index(drop=not named)       # dates may stand there
+            for name in frame.select_dtypes("timedelta"):   # a duration is a number, of seconds
+                frame[name] = frame[name].dt.total_seconds()
+            return frame
         options.update(sep=args.sep, encoding=args.encoding, skiprows=args.skiprows, low_memory=False)
         frame = pd.read_csv(args.data, **options)
         if frame.shape[1] == 1:                             # a blank line is a hole, of this one column
@@ -313,14 +323,10 @@ def read_raw(args, **options):
 
 def read_frame(args):
     """The table as a DataFrame of at least one row. Columns that look like dates stay text."""
-    if args.data in SIMULATIONS:
-        return SIMULATIONS[args.data]()
     head = read_raw(args, dtype=str, nrows=200)
     dates = {name: str for name in head if looks_like_time(head[name])}
     frame = read_raw(args, dtype=dates, decimal=args.decimal, thousands=args.thousands,
                      na_values=MISSING + args.na_values)
-    if frame.index.name or isinstance(frame.index, pd.DatetimeIndex):           # parquet keeps dates there
-        frame = frame.reset_index()
     frame.columns = [str(name) for name in frame.columns]
     if len(frame) == 0:
         fail(f"{args.data}: the table has no rows")
@@ -328,8 +334,6 @@ def read_frame(args):
         fail(f"{args.data}: its rows have more cells than its header has names (--skiprows leaves lines out)")
     if frame.shape[1] == 1 and re.search("[;|\t]", frame.columns[0]):
         fail(f"{args.data}: one column called {frame.columns[0]!r}: is the separator another one? --sep ';'")
-    for name in frame.select_dtypes("timedelta"):           # a duration is a number, of seconds
-        frame[name] = frame[name].dt.total_seconds()
     return frame
 
 
@@ -403,6 +407,7 @@ OTHER_DATES = ["%d.%m.%y", "%m/%d/%y", "%d/%m/%y", "%d-%b-%y", "%m/%d/%Y", "%d/%
 OTHER_CLOCKS = ["", " %H", " %H:%M", " %H:%M:%S", " %H.%M", " %H.%M.%S", " %I:%M %p", " %I:%M:%S %p"]
 OTHER_PATTERNS = [date + clock for date in OTHER_DATES for clock in OTHER_CLOCKS]
 OTHER_PATTERNS += ["%m/%Y", "%b %Y", "%B %Y", "%b-%y", "%b-%Y", "%Y%m%d%H"]
+NUMBER_PATTERNS = {"s": r"1\d{9}(?:\.\d+)?", "ms": r"1\d{12}(?:\.\d+)?", "elapsed": r"\d+:\d\d(?::\d\d)?"}
 # what strftime pads and others do not, and how they write zones: patterns to replace in its text
 MANNERS = [("$^", ""), (r"(?<![\d:.])0(\d)", r"\1"), (r"([+-]\d\d)(\d\d)$", r"\1:\2"), (r"\+0000$", "Z"),
            (r"(\.\d{3})000$", r"\1"), (r"(\.\d{3})000\+0000$", r"\1Z")]
@@ -431,15 +436,12 @@ def parse_stamps(text, pattern):
 
 def guess_patterns(words):
     """Patterns by which the first and the last of these words, a Series, read."""
-    for pattern, looks in (("s", r"1\d{9}(?:\.\d+)?"), ("ms", r"1\d{12}(?:\.\d+)?"),
-                           ("elapsed", r"\d+:\d\d(?::\d\d)?")):
+    for pattern, looks in NUMBER_PATTERNS.items():
         if words.str.fullmatch(looks).all():
             return [pattern]
     guesses = list(OTHER_PATTERNS)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")                     # pandas says when it read a day as a month
-        for word in words.iloc[[0, -1]]:
-            guesses += [guess_datetime_format(word), guess_datetime_format(word, dayfirst=True)]
+    for word in words.iloc[[0, -1]]:
+        guesses += [guess_datetime_format(word), guess_datetime_format(word, dayfirst=True)]
     # nobody writes the year first and the month last, or points after the month first
     return [p for p in dict.fromkeys(guesses) if p and not re.match(r"%Y.%d|%m\.%d", p)]
 
@@ -447,16 +449,17 @@ def guess_patterns(words):
 def read_columns(frame, columns, args):
     """Columns as one TimeAxis; None where no pattern fits. Of several that fit, such as day-first and
     month-first, the one that makes the steps most even."""
-    text = labels(frame[columns[0]]).str.strip()
-    for name in columns[1:]:
-        text = text.str.cat(labels(frame[name]).str.strip(), sep=" ")
+    parts = [labels(frame[name]).str.strip() for name in columns]
+    text = parts[0].str.cat(parts[1:], sep=" ")
     words = text.dropna()
+    if len(words) == 0:
+        return None
     if args.time_format:
         patterns = [args.time_format]
     elif len(columns) > 1 and {name.lower() for name in columns} <= YMD.keys():
         patterns = [" ".join(YMD[name.lower()] for name in columns)]
     else:
-        patterns = guess_patterns(words) if len(words) else []
+        patterns = guess_patterns(words)
     some = words.iloc[::1 + len(words) // 100]              # a quick look spares most of the patterns
     best = None
     merit = (-1.0, 0.0)
@@ -464,7 +467,7 @@ def read_columns(frame, columns, args):
         if parse_stamps(some, pattern).isna().any():
             continue
         stamps = parse_stamps(text, pattern)
-        if not (stamps.isna() == text.isna()).all():        # some do not read so
+        if stamps.count() < len(words):                     # some do not read so
             continue
         steps = stamps.drop_duplicates().sort_values().diff().dropna()
         even = (steps - steps.median()).abs() <= 0.15 * steps.median()          # months differ
@@ -509,9 +512,7 @@ def time_step(stamps):
     """The step by which stamps go on: months, business days and the like by name, else the median."""
     stamps = stamps.dropna().drop_duplicates().sort_values()
     if pd.api.types.is_datetime64_any_dtype(stamps) and len(stamps) > 2:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")                 # what it returns is about to change
-            offset = pd.infer_freq(stamps.iloc[-12:])
+        offset = pd.infer_freq(stamps.iloc[-12:])
         if offset and "bh" not in offset.lower():           # business hours: whose?
             return pd.tseries.frequencies.to_offset(offset)
         days = stamps.diff().median() / pd.Timedelta(days=1)
@@ -596,11 +597,8 @@ def read_text(table, args):
     if unlike:
         fail(f"{args.data}: {unlike[0]!r} varies a thousand times more in one group than in another, and the "
              "small one would be filled with noise of the large one: give each a file, or take logarithms")
-    if is_written(args):
-        text = read_raw(args, dtype=str, keep_default_na=False)
-    else:
-        frame = read_frame(args)
-        text = frame.astype(object).where(frame.notna(), "").astype(str)
+    text = read_raw(args, dtype=str, keep_default_na=False)
+    text = text.astype(object).where(text.notna(), "").astype(str)
     text.columns = list(table.kinds)
     if args.regular:
         absent = table.keys.index >= len(text)
@@ -610,11 +608,6 @@ def read_text(table, args):
         text = pd.concat([text, rows]).iloc[table.keys.index]
         table.keys = table.keys.reset_index(drop=True)      # from here on that is the file
     return text
-
-
-def is_written(args):
-    """Is it a file of text, with a manner of its own?"""
-    return args.data not in SIMULATIONS and not args.data.endswith(".parquet")
 
 
 def scaled_numbers(table):
@@ -728,12 +721,11 @@ def next_rows(table, text, steps, args):
 def write_text(path, text, lines, args):
     """A DataFrame of text, with the file's own header, separator and encoding, and its row names, if it has
     some; and the lines of --intervals, DataFrames."""
-    options = {"index": False}
-    if is_written(args):
+    options = {"index": has_row_names(text), "index_label": False, "sep": args.sep, "encoding": args.encoding}
+    if args.data not in SIMULATIONS and not args.data.endswith(".parquet"):
         # pandas renames columns that are called alike or not at all
-        header = read_raw(args, header=None, nrows=1, dtype=str, keep_default_na=False).iloc[0].tolist()
-        options = {"index": has_row_names(text), "index_label": False, "header": header,
-                   "sep": args.sep, "encoding": args.encoding}
+        header = read_raw(args, header=None, nrows=1, dtype=str, keep_default_na=False)
+        options["header"] = header.iloc[0].tolist()
     if path.endswith(".gz"):
         options["compression"] = "gzip"                     # the name ends in .tmp until all is on disk
     replace_file(path, lambda beside: text.to_csv(beside, **options))
@@ -988,9 +980,8 @@ def draw_windows(path, schema, batch, asked, guesses, band):
             low, high = band[:, b, :, y] * schema.scale[y] + schema.center[y]
             axis.fill_between(range(len(low)), low, high, asked[b, :, y], color=COLORS["model"], alpha=0.2)
             axis.set(ylabel=names[y].replace("$", r"\$"))                       # no TeX
-    if axes and panels:
-        figure.legend(*axes[0].get_legend_handles_labels(), ncols=6, loc="outside upper left", frameon=False)
     if figure:
+        figure.legend(*axes[0].get_legend_handles_labels(), ncols=6, loc="outside upper left", frameon=False)
         figure.savefig(path, dpi=120)
 
 
@@ -1157,15 +1148,15 @@ def hole_runs(table):
 def default_span(table):
     """Mean rows of a run of holes in the train rows, at most T / 4; 12 where there are too few to tell."""
     learnt = torch.tensor(table.schema.learnt)
-    holes, runs = hole_runs(table)
-    holes = int(holes[learnt].sum())
-    runs = int(runs[learnt].sum())
+    holes, runs = [int(count[learnt].sum()) for count in hole_runs(table)]
     span = 12.0 if runs < 20 else holes / runs
     return max(1.0, min(span, table.seq_len / 4))
 
 
 def absent_steps(table):
     """How many steps of time have no row, and how many rows have the stamp of another."""
+    if not table.time_columns:
+        return 0, 0
     known, every = even_keys(table.keys)
     return max(0, len(every) - len(known)), table.keys["time"].count() - len(known)
 
@@ -1185,13 +1176,12 @@ def find_hints(table, args):
             hints.append(f"{name} is taken for a number: is it the time? --time_col {name}")
     numbers = scaled_numbers(table)[::1 + len(table.observed) // 100_000]
     numbers = numbers * schema.scale + schema.center
-    for sign in (1, -1):                                    # the smallest of each column, then the largest
-        numbers = sign * numbers
-        low = numbers.min()
-        others = numbers[numbers > low + 1e-6]
-        far = (others.min() - low > others.max() - others.min()) & (others.nunique() > 10)
-        far &= (numbers == low).sum() >= 5
-        for value, count in (sign * low[far]).map("{:g}".format).value_counts().items():
+    for edge in (numbers.min(), numbers.max()):             # of each column
+        off = (numbers - edge).abs()
+        others = off[off > 1e-6]
+        far = (2 * others.min() > others.max()) & (others.nunique() > 10)       # beyond a gap, from many,
+        far &= (off == 0).sum() >= 5                        # and often
+        for value, count in edge[far].map("{:g}".format).value_counts().items():
             hints.append(f"{value} comes again and again, far from all else, in {count} column(s): missing? "
                          f"--na_values {value}")
     for name in unlike_groups(table)[:1]:

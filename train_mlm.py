@@ -203,7 +203,7 @@ def write_result(model, table, text, errors, factor, args):
         elif len(gaps):
             lines.append(write_cells(text, table.keys.index[gaps], name, said[:, gaps, j], table, text, args))
             filled.loc[name] = [len(gaps), *test.loc[name, ["model", "linear"]]]
-    print_table("filled cells, and the mean error on test of runs as long as the gaps, own units", filled)
+    print_table("filled cells, and the mean error on test of runs as long as the holes, own units", filled)
     unknown = filled.index[filled["model"].isna()]
     if len(unknown):
         print("not judged, for test has no values within --clip:", ", ".join(unknown))
