@@ -19,6 +19,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 import torch
+from pandas.api.types import infer_dtype, is_datetime64_any_dtype, is_numeric_dtype
 from pandas.tseries.api import guess_datetime_format
 
 # pandas says when it reads a day as a month, and what infer_freq returns is about to change
@@ -148,8 +149,7 @@ def load_table(args, frame=None, schema=None):
 
 
 def encode(frame, schema, args):
-    """DataFrame -> numeric (rows, N), categorical (rows, K), observed (rows, F). From here on no cell is
-    NaN."""
+    """DataFrame -> numeric (rows, N), categorical (rows, K), observed (rows, F), in which no cell is NaN."""
     N = len(schema.numeric)
     names = schema.numeric + schema.categorical
     numeric = np.zeros((len(frame), N), np.float32)
@@ -196,7 +196,7 @@ def fit_schema(frame, kinds, stamps, is_train, args):
         count = count.sort_values(ascending=False, kind="stable")
         schema.vocabulary.append(count.index.tolist())
         schema.learnt.append(len(count) > 0)
-    if pd.api.types.is_datetime64_any_dtype(stamps):
+    if is_datetime64_any_dtype(stamps):
         train = stamps[is_train]
         seconds = (train.max() - train.min()).total_seconds()
         # a cycle that the train rows have not seen twice tells dates apart, and is learnt by heart
@@ -208,7 +208,7 @@ def time_features(stamps, cycles, args):
     """Time stamps -> clock (rows, 2 * cycles) float32: sin and cos of the place in each cycle. An angle has
     no midnight at which it jumps, as hours from 0 to 23 do."""
     clock = np.zeros((len(stamps), 2 * len(cycles)), np.float32)
-    if cycles and not pd.api.types.is_datetime64_any_dtype(stamps):
+    if cycles and not is_datetime64_any_dtype(stamps):
         fail(f"{args.data}: it has no time stamps, which the checkpoint was trained with (--time_col)")
     for i, cycle in enumerate(cycles):
         midnight = pd.Timestamp("2000-01-01", tz=stamps.dt.tz)
@@ -220,8 +220,7 @@ def time_features(stamps, cycles, args):
 
 def step_generator(*key):
     """A CPU generator seeded by a key such as (seed, step, rank). All that is random in a step comes from one
-    of these, so that resuming needs no saved state. SeedSequence hashes: neighbours have nothing in
-    common."""
+    of these, so resuming needs no saved state. SeedSequence hashes: neighbours have nothing in common."""
     seed = np.random.SeedSequence((len(key), *key)).generate_state(1)[0]
     return torch.Generator().manual_seed(int(seed))
 
@@ -233,9 +232,6 @@ def fail(message):
     print(f"error: {message}", file=sys.stderr)
     raise SystemExit(2)
 
-
-# -----------------------------------------------------------------------------
-# splits
 
 def split_ends(n, what, args):
     """--split -> after how many of n rows (or groups) train, val and test end."""
@@ -251,11 +247,9 @@ def split_ends(n, what, args):
 
 
 def split_rows(lengths, args, schema=None):
-    """T and the segments of Table. lengths: rows of each group, in row order.
-
-    One or two sequences are split by time, each. As the ETTh1 protocol has it (Zhou 2021), a val or test
-    window may begin up to T rows before its part. More groups are split by group, shuffled with a fixed seed.
-    """
+    """T and the segments of Table. lengths: rows of each group, in row order. One or two are split by time,
+    each. As the ETTh1 protocol has it (Zhou 2021), a val or test window may begin up to T rows before its
+    part. More groups are split by group, shuffled with a fixed seed."""
     end = np.cumsum(lengths)
     whole = torch.from_numpy(np.stack([end - lengths, end], axis=1))            # (groups, 2)
     if len(lengths) > 2:
@@ -280,8 +274,7 @@ def split_rows(lengths, args, schema=None):
     return seq_len, segments
 
 
-# -----------------------------------------------------------------------------
-# files, and the kinds of their columns
+# ---- files, and the kinds of their columns
 
 MISSING = ["?", "-", "--", "n.a."]  # markers of a missing cell, beside those that pandas knows
 MONTH = r"(?i:jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec)[a-z]*"
@@ -370,9 +363,9 @@ def infer_kinds(frame, args):
 
 def infer_kind(column, args):
     """The kind of a column that no flag speaks of."""
-    if pd.api.types.infer_dtype(column, skipna=True) in ("boolean", "categorical"):
+    if infer_dtype(column) in ("boolean", "categorical"):
         return "categorical"                                # True with holes has dtype object, not bool
-    if pd.api.types.is_datetime64_any_dtype(column) or looks_like_time(column):
+    if is_datetime64_any_dtype(column) or looks_like_time(column):
         return SECOND_TIME if args.time_col else "time"
     words = column.dropna()
     if (~np.isnan(read_numbers(words, args, np.inf))).sum() >= 0.9 * len(words):
@@ -384,7 +377,7 @@ def infer_kind(column, args):
 
 def read_numbers(column, args, largest=SENTINEL):
     """A column as float64, NaN where it is no number or a larger one: in float32 -1.18e42 would be -inf."""
-    if pd.api.types.infer_dtype(column, skipna=True) == "string":       # one word makes all of them text
+    if infer_dtype(column) == "string":                     # one word makes all of them text
         column = column.str.replace(args.thousands or "\0", "", regex=False)
         column = column.str.replace(args.decimal, ".", regex=False)
     x = pd.to_numeric(column, errors="coerce").to_numpy(dtype=np.float64, na_value=np.nan, copy=True)
@@ -397,8 +390,7 @@ def labels(column):
     return column.convert_dtypes().astype("string").astype(object)
 
 
-# -----------------------------------------------------------------------------
-# time
+# ---- time
 
 YMD = {"year": "%Y", "month": "%m", "day": "%d", "hour": "%H", "minute": "%M", "second": "%S"}
 SECOND_TIME = "dropped: a second time column"
@@ -447,8 +439,7 @@ def guess_patterns(words):
 
 
 def read_columns(frame, columns, args):
-    """Columns as one TimeAxis; None where no pattern fits. Of several that fit, such as day-first and
-    month-first, the one that makes the steps most even."""
+    """Columns as one TimeAxis, None where no pattern fits; of several the one of the most even steps."""
     parts = [labels(frame[name]).str.strip() for name in columns]
     text = parts[0].str.cat(parts[1:], sep=" ")
     words = text.dropna()
@@ -463,9 +454,7 @@ def read_columns(frame, columns, args):
     some = words.iloc[::1 + len(words) // 100]              # a quick look spares most of the patterns
     best = None
     merit = (-1.0, 0.0)
-    for pattern in patterns:
-        if parse_stamps(some, pattern).isna().any():
-            continue
+    for pattern in [p for p in patterns if parse_stamps(some, p).notna().all()]:
         stamps = parse_stamps(text, pattern)
         if stamps.count() < len(words):                     # some do not read so
             continue
@@ -490,28 +479,25 @@ def read_time(frame, kinds, args):
         blank = frame.isna().all(axis=1) & (frame.shape[1] > 1)
         return TimeAxis([], "number", number.mask(blank))
     first = frame[columns[0]]
-    if len(columns) == 1 and pd.api.types.is_datetime64_any_dtype(first):
+    if len(columns) == 1 and is_datetime64_any_dtype(first):
         return TimeAxis(columns, "number", first)           # is written as pandas does
-    if len(columns) == 1 and pd.api.types.is_numeric_dtype(first) and not looks_like_time(first):
+    if len(columns) == 1 and is_numeric_dtype(first) and not looks_like_time(first):
         return TimeAxis(columns, "number", pd.Series(read_numbers(first, args), first.index))
     axis = read_columns(frame, columns, args)
     if axis is None and not args.time_col:                  # a date and a date of installation make no time
         kinds.update(dict.fromkeys(columns[1:], SECOND_TIME))
         axis = read_columns(frame, columns[:1], args)
-    if axis is None:
-        fail(f"{args.data}: {' '.join(columns)!r} does not read as time stamps in one format (such as "
-             f"{first.dropna().iloc[[0, -1]].tolist()}): --time_format '%d.%m.%Y %H:%M' says how, --time_col "
-             "Date Time joins two columns, --drop_cols leaves it out, and rows stay in the order of the file")
-    if axis.pattern == "elapsed" and not axis.stamps.is_monotonic_increasing:
-        fail(f"{args.data}: {axis.columns[0]!r} is a time of day without its day: --time_col Date Time joins "
-             "two columns, --drop_cols leaves it out")
+    if axis is None or axis.pattern == "elapsed" and not axis.stamps.is_monotonic_increasing:
+        fail(f"{args.data}: {' '.join(columns)!r} does not read as stamps, all in one format and with a day "
+             f"(such as {first.dropna().iloc[[0, -1]].tolist()}): --time_format '%d.%m.%Y %H:%M' says how, "
+             "--time_col Date Time joins two columns, --drop_cols leaves it out and keeps the rows' order")
     return axis
 
 
 def time_step(stamps):
     """The step by which stamps go on: months, business days and the like by name, else the median."""
     stamps = stamps.dropna().drop_duplicates().sort_values()
-    if pd.api.types.is_datetime64_any_dtype(stamps) and len(stamps) > 2:
+    if is_datetime64_any_dtype(stamps) and len(stamps) > 2:
         offset = pd.infer_freq(stamps.iloc[-12:])
         if offset and "bh" not in offset.lower():           # business hours: whose?
             return pd.tseries.frequencies.to_offset(offset)
@@ -521,19 +507,10 @@ def time_step(stamps):
     return stamps.diff().median()
 
 
-def time_grid(first, last, steps, step):
-    """Stamps `step` apart from `first` on: up to `last`, or as many as `steps` if that is None."""
-    if isinstance(first, pd.Timestamp):
-        return pd.date_range(first, last, periods=steps, freq=step)
-    if last is not None:
-        steps = int(round((last - first) / step)) + 1
-    return pd.Index(first + step * np.arange(steps))
-
-
 def median_steps(keys):
     """(rows,) float64: when each row was, in median steps; its number where time does not tell."""
     seconds = keys["time"].ffill()                          # rows without a stamp come last
-    if pd.api.types.is_datetime64_any_dtype(seconds):
+    if is_datetime64_any_dtype(seconds):
         seconds = (seconds - seconds.min()).dt.total_seconds()
     steps = seconds.groupby(keys["group"]).diff()
     step = steps[steps > 0].median()
@@ -544,11 +521,16 @@ def median_steps(keys):
 
 def even_keys(keys):
     """The different keys (group and time) of a table, and what they were if no step of time were absent."""
-    known = keys.dropna().drop_duplicates()
+    known = keys.dropna().drop_duplicates().sort_values("time")
     every = []
     for name, own in known.groupby("group")["time"]:
-        if len(own) > 1:
-            own = time_grid(own.min(), own.max(), None, time_step(own))
+        step = time_step(own)
+        first = own.iloc[0]
+        last = own.iloc[-1]
+        if first < last and isinstance(first, pd.Timestamp):
+            own = pd.date_range(first, last, freq=step)
+        elif first < last:
+            own = first + step * np.arange(1 + round((last - first) / step))
         every.append(pd.DataFrame({"group": name, "time": own}))
     return known, pd.concat(every)
 
@@ -563,8 +545,7 @@ def insert_absent_rows(frame, keys, args):
     return frame.reindex(keys.index), keys
 
 
-# -----------------------------------------------------------------------------
-# and back: the user's own file as it was, with some cells of our own
+# ---- and back: the user's own file as it was, with some cells of our own
 
 def check_target(flag, path, source):
     """Before minutes of training: can a result be written to `path`, if there is one, without harm?"""
@@ -591,8 +572,7 @@ def replace_file(path, write):
 
 
 def read_text(table, args):
-    """The file as it is written, a DataFrame of text, "" where a cell is empty; --regular: in the order
-    of time, with the rows that were absent."""
+    """The file as a DataFrame of text, "" where empty; --regular: by time, with the rows that were absent."""
     unlike = unlike_groups(table)
     if unlike:
         fail(f"{args.data}: {unlike[0]!r} varies a thousand times more in one group than in another, and the "
@@ -625,9 +605,8 @@ def unlike_groups(table):
 
 
 def spell(table, name, values, text, args, forecast=False):
-    """Scaled values or ids, (n,), as n texts in the manner of their column: with as many decimals, within
-    what it has been (a forecast: not below 0 where it never is), whole where it is whole; categories as it
-    spells them."""
+    """Scaled values or ids, (n,), as n texts as their column has them: with its decimals, within what it was
+    (a forecast: not below 0 where it never is), whole where it is whole; categories as it spells them."""
     schema = table.schema
     seen = table.observed[:, (schema.numeric + schema.categorical).index(name)].numpy()
     own = text[name].iloc[table.keys.index[seen]].str.strip()                   # the column's own cells
@@ -667,15 +646,15 @@ def stamp_text(stamps, pattern, manner):
     if pattern in ("s", "ms"):
         return ((stamps - pd.Timestamp(0)) // pd.Timedelta(1, pattern)).astype(str)
     if pattern in ("number", "elapsed"):
-        if pd.api.types.is_float_dtype(stamps):
+        if stamps.dtype.kind == "f":
             stamps = stamps.round(9).convert_dtypes()       # 2020.0 is 2020, and 20.099999999999998 is 20.1
         return stamps.astype(str)
     return stamps.dt.strftime(pattern).str.replace(*manner, regex=True)
 
 
 def new_rows(table, text, like, stamps, args):
-    """Rows of text in which only the time is filled in, by `stamps`, a Series, written as the file writes its
-    own, and the group, that of the rows `like` of the table."""
+    """Rows of text with the time alone, `stamps`, a Series, as the file writes it, and the group, as in the
+    rows `like` of the table."""
     rows = text.iloc[table.keys.index[like]].copy()
     rows.loc[:, [name for name in text if table.kinds[name] != "group"]] = ""
     if has_row_names(text):
@@ -698,29 +677,26 @@ def new_rows(table, text, like, stamps, args):
 
 def has_row_names(text):
     """Where the header has a name less than there are columns pandas makes the first an index of text."""
-    return not pd.api.types.is_integer_dtype(text.index)
+    return text.index.dtype.kind != "i"
 
 
 def next_rows(table, text, steps, args):
-    """The rows that come next, `steps` for each sequence: a DataFrame of text in which only the time and the
-    group are filled in, and the clock, (sequences, steps, C)."""
+    """The `steps` rows that come next in each sequence, see new_rows; their clock (sequences, steps, C)."""
     stamps = []
     for _, own in table.keys["time"].groupby(table.keys["group"]):
         step = time_step(own if len(own) > 1 else table.keys["time"])
         if step != step or own.nunique() < len(own) / 2:
             fail(f"{args.data}: --forecast cannot go on from {' '.join(table.time_columns)!r}, whose step is "
                  f"{step}: does another column tell sequences (--group_col) or hours (--time_col) apart?")
-        grid = time_grid(own.iloc[-1], None, steps + 1, step)
-        stamps.append(pd.Series(grid[1:]))
-    stamps = pd.concat(stamps, ignore_index=True)
+        stamps += [own.iloc[-1] + step * (ahead + 1) for ahead in range(steps)]
+    stamps = pd.Series(stamps)
     last = np.repeat(table.segments["all"][:, 1].numpy() - 1, steps)
     clock = time_features(stamps, table.schema.cycles, args)
     return new_rows(table, text, last, stamps, args), clock.unflatten(0, (-1, steps))
 
 
 def write_text(path, text, lines, args):
-    """A DataFrame of text, with the file's own header, separator and encoding, and its row names, if it has
-    some; and the lines of --intervals, DataFrames."""
+    """A DataFrame of text as the file is written, and the lines of --intervals, DataFrames."""
     options = {"index": has_row_names(text), "index_label": False, "sep": args.sep, "encoding": args.encoding}
     if args.data not in SIMULATIONS and not args.data.endswith(".parquet"):
         # pandas renames columns that are called alike or not at all
@@ -735,8 +711,7 @@ def write_text(path, text, lines, args):
     print("wrote", path, args.intervals or "")
 
 
-# -----------------------------------------------------------------------------
-# two simulated tables, and a tiny one
+# ---- two simulated tables, and a tiny one
 
 def simulate_sensors(n_rows=40_000, seed=0):
     """A pump station at one reading a second, with what real exports have: holes in runs, single dropouts, a
@@ -860,8 +835,7 @@ SIMULATIONS = {"sensors": simulate_sensors, "planets": simulate_planets}
 GROUPS = {"planets": "idx"}             # the group column of a simulation, where it has one
 
 
-# -----------------------------------------------------------------------------
-# errors: sums first, means at the end
+# ---- errors: sums first, means at the end
 
 def add_errors(lines, kind, case, schema, targets, answers):
     """Append a DataFrame for each method, answers {name: (numbers, ids)}: the summed errors of each column in
@@ -879,8 +853,7 @@ def add_errors(lines, kind, case, schema, targets, answers):
 
 
 def mean_errors(errors, columns, measure, by):
-    """A line a method: the mean of a measure over the scored cells of these columns, for each value of `by`;
-    NaN where nothing was scored."""
+    """A line a method: means over the scored cells of these columns, for each value of `by`; NaN of none."""
     chosen = errors[errors["column"].isin(columns)]
     sums = chosen.groupby(["method", by])[[measure, "count"]].sum()
     means = (sums[measure] / sums["count"]).unstack(by)
@@ -916,8 +889,7 @@ def own_errors(errors, schema):
     return means.mul(scale, axis=0)
 
 
-# -----------------------------------------------------------------------------
-# pictures
+# ---- pictures
 
 COLORS = {"seen": "black", "truth": "black", "model": "#0072B2", "linear": "#E69F00", "last": "#009E73",
           "season": "#CC79A7", "mean": "#999999", "gauss": "#D55E00", "ar": "#D55E00", "val": "#0072B2",
@@ -952,24 +924,27 @@ def draw_windows(path, schema, batch, asked, guesses, band):
     N)}, and the model's band from low to high, (2, B, T, N). Columns called _x and _y are drawn in the plane,
     without it; else the four columns of window 0 over rows that move and were asked for most."""
     names = schema.numeric
+    scale = torch.tensor(schema.scale)
+    center = torch.tensor(schema.center)
     observed = batch.observed[..., :len(names)]
     asked = asked[..., :len(names)] & observed
-    layers = {"seen": (batch.numeric, observed & ~asked), "truth": (batch.numeric, asked)}
-    layers.update({method: (numbers, asked) for method, numbers in guesses.items()})
+    layers = {"seen": batch.numeric.masked_fill(asked | ~observed, np.nan),     # NaN is not drawn
+              "truth": batch.numeric.masked_fill(~asked, np.nan)}
     planes = [(names.index(name[:-1] + "x"), j) for j, name in enumerate(names)
               if name.endswith("_y") and name[:-1] + "x" in names]
     if planes:                                              # the rivals would hide the orbits
-        layers = {name: layers[name] for name in ("seen", "truth", "model")}
+        guesses = {"model": guesses["model"]}
         panels = [(b, planes) for b in range(len(asked))]
         figure, axes = new_figure(path, 1, len(panels), (9, 3.2))
     else:
         spread = (batch.numeric[0].amax(dim=0) - batch.numeric[0].amin(dim=0)) * asked[0].sum(dim=0)    # (N,)
         panels = [(0, [(None, j)]) for j in spread.argsort(descending=True)[:4].tolist()]
         figure, axes = new_figure(path, max(1, len(panels)), 1, (9, 1 + 1.7 * len(panels)))
+    for method, numbers in guesses.items():
+        layers[method] = numbers.masked_fill(~asked, np.nan)
     for axis, (b, curves) in zip(axes, panels):
-        for method, (numbers, here) in layers.items():
-            own = numbers[b] * torch.tensor(schema.scale) + torch.tensor(schema.center)     # (T, N)
-            own = own.masked_fill(~here[b], np.nan)         # is not drawn
+        for method, numbers in layers.items():
+            own = numbers[b] * scale + center               # (T, N)
             for x, y in curves:
                 across = range(len(own)) if x is None else own[:, x]
                 axis.plot(across, own[:, y], MARKS.get(method, "x"), color=COLORS[method], ms=5, mfc="none",
@@ -977,7 +952,7 @@ def draw_windows(path, schema, batch, asked, guesses, band):
         if planes:
             axis.set(aspect="equal")
         else:
-            low, high = band[:, b, :, y] * schema.scale[y] + schema.center[y]
+            low, high = band[:, b, :, y] * scale[y] + center[y]
             axis.fill_between(range(len(low)), low, high, asked[b, :, y], color=COLORS["model"], alpha=0.2)
             axis.set(ylabel=names[y].replace("$", r"\$"))                       # no TeX
     if figure:
@@ -985,8 +960,7 @@ def draw_windows(path, schema, batch, asked, guesses, band):
         figure.savefig(path, dpi=120)
 
 
-# -----------------------------------------------------------------------------
-# flags
+# ---- flags
 
 def number(kind, low, high=2.0 ** 53, inside=False):
     """An argparse type: an int or a float from low to high (inside: without the ends)."""
@@ -1108,14 +1082,12 @@ def pick_device(args):
     return torch.device(name), getattr(torch, dtype)
 
 
-# -----------------------------------------------------------------------------
-# what this file prints when run by itself
+# ---- what this file prints when run by itself
 
 def tiny_batch():
-    """The tiny table as a Table whose rows are all train rows, and its two sequences as one Batch: what this
-    file, masking.py and model.py print when run by themselves."""
-    args = make_parser(None, "data", "the tiny table").parse_args(["--group_col", "room", "--seq_len", "2"])
-    args.split = [2, 1, 1]
+    """The tiny table as a Table, all for training, and as one Batch: what three files print by themselves."""
+    flags = "--group_col room --seq_len 2 --split 2 1 1".split()
+    args = make_parser(None, "data", "the tiny table").parse_args(flags)
     table = load_table(args, tiny_table())
     table.seq_len = 6
     table.segments["train"] = table.segments["all"]
@@ -1136,13 +1108,9 @@ def show(schema, batch):
 
 def hole_runs(table):
     """For each column the number of holes in the train rows, and of runs of them, two (F,)."""
-    holes = 0
-    runs = 0
-    for start, end in table.segments["train"].tolist():
-        hole = (~table.observed[start:end]).int()
-        holes = holes + hole.sum(dim=0)
-        runs = runs + hole[:1].sum(dim=0) + (hole.diff(dim=0) > 0).sum(dim=0)
-    return holes, runs
+    sequences = [(~table.observed[a:b]).to(torch.int8) for a, b in table.segments["train"].tolist()]
+    runs = sum((hole.diff(dim=0, prepend=0 * hole[:1]) > 0).sum(dim=0) for hole in sequences)
+    return torch.cat(sequences).sum(dim=0), runs
 
 
 def default_span(table):

@@ -49,6 +49,7 @@ UNIT = torch.tensor([1.0, 0.5, 2.0])
 ROOT = Path(__file__).parent
 SCRIPTS = {"train_mlm.py": train_mlm, "train_ar.py": train_ar}
 slow = pytest.mark.skipif(not os.environ.get("NANOTAB_SLOW"), reason="slow: set NANOTAB_SLOW=1")
+pytestmark = pytest.mark.filterwarnings("ignore:Parsing dates|A future version of pandas will return")
 etth1 = pytest.mark.skipif(not os.environ.get("ETTH1"), reason="set ETTH1 to the path of ETTh1.csv")
 BOTH = ("--n_layer 1 --n_head 2 --n_embd 16 --batch_size 4 --seq_len 16 --max_steps 4 --eval_every 2 "
         "--log_every 1 --warmup_steps 2 --eval_stride 16 --device cpu")
