@@ -265,8 +265,7 @@ def split_rows(lengths, args, schema=None):
                     "test": torch.stack([b, c], dim=1)}
     seq_len = args.seq_len
     if not schema:                                          # a checkpoint has its own T
-        longest = int(segments["train"].diff(dim=1).max())
-        seq_len = min(seq_len, longest)
+        seq_len = min(seq_len, int(segments["train"].diff(dim=1).max()))
     if len(lengths) <= 2:
         for name in ("val", "test"):
             segments[name][:, 0] = torch.maximum(segments[name][:, 0] - seq_len, whole[:, 0])
@@ -443,8 +442,6 @@ def read_columns(frame, columns, args):
     parts = [labels(frame[name]).str.strip() for name in columns]
     text = parts[0].str.cat(parts[1:], sep=" ")
     words = text.dropna()
-    if len(words) == 0:
-        return None
     if args.time_format:
         patterns = [args.time_format]
     elif len(columns) > 1 and {name.lower() for name in columns} <= YMD.keys():
@@ -578,7 +575,7 @@ def read_text(table, args):
         fail(f"{args.data}: {unlike[0]!r} varies a thousand times more in one group than in another, and the "
              "small one would be filled with noise of the large one: give each a file, or take logarithms")
     text = read_raw(args, dtype=str, keep_default_na=False)
-    text = text.astype(object).where(text.notna(), "").astype(str)
+    text = text.astype("string").fillna("")
     text.columns = list(table.kinds)
     if args.regular:
         absent = table.keys.index >= len(text)
@@ -604,7 +601,7 @@ def unlike_groups(table):
     return unlike.index[unlike].tolist()
 
 
-def spell(table, name, values, text, args, forecast=False):
+def spell(table, name, values, text, args, forecast):
     """Scaled values or ids, (n,), as n texts as their column has them: with its decimals, within what it was
     (a forecast: not below 0 where it never is), whole where it is whole; categories as it spells them."""
     schema = table.schema
@@ -632,9 +629,10 @@ def spell(table, name, values, text, args, forecast=False):
     return np.array([format(value, form).replace(".", args.decimal) for value in x], dtype=object)
 
 
-def write_cells(target, rows, name, said, table, text, args, forecast=False):
+def write_cells(target, rows, name, said, table, text, args):
     """Write the cells of a column into these rows of `target`, a DataFrame of text; return them as lines of
     --intervals. said (4, n): values, low ends, high ends and probabilities, see model.Prediction.interval."""
+    forecast = target is not text
     value, low, high = [spell(table, name, values, text, args, forecast) for values in said[:3]]
     target.iloc[rows, target.columns.get_loc(name)] = value
     return pd.DataFrame({"row": rows, "column": name, "value": value, "low": low, "high": high,

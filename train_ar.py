@@ -272,7 +272,7 @@ def write_result(model, table, prepared, errors, factor, args):
     for j, name in enumerate(table.schema.numeric + table.schema.categorical):
         here = there[:, j].nonzero()[:, 0].numpy()
         if len(here):
-            lines.append(write_cells(rows, here, name, said[:, here, j], table, text, args, forecast=True))
+            lines.append(write_cells(rows, here, name, said[:, here, j], table, text, args))
     write_text(args.to, rows, lines, args)
 
 
