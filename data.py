@@ -241,8 +241,7 @@ def split_ends(n, what, args):
         test = max(1, round(n * args.split[2]))
         counts = [max(1, round(n * sum(args.split)) - val - test), val, test]
     if min(counts) < 1 or sum(counts) > n or any(count % 1 for count in counts):
-        fail(f"{args.data}: --split {args.split} does not fit its {n} {what}: three fractions or counts, "
-             "and at least one for each part")
+        fail(f"{args.data}: --split {args.split} does not fit its {n} {what}, at least one for each part")
     return np.cumsum(counts).astype(int)
 
 
@@ -258,17 +257,16 @@ def split_rows(lengths, args, schema=None):
         a, b, c = split_ends(len(lengths), "groups", args)
         segments = {"train": whole[mixed[:a]], "val": whole[mixed[a:b]], "test": whole[mixed[b:c]]}
     else:
-        ends = np.array([split_ends(n, "rows", args) for n in lengths])
-        a, b, c = torch.from_numpy(ends.T) + whole[:, 0]                        # (groups,) each
-        segments = {"train": torch.stack([whole[:, 0], a], dim=1),
-                    "val": torch.stack([a, b], dim=1),
-                    "test": torch.stack([b, c], dim=1)}
+        ends = np.array([[0, *split_ends(n, "rows", args)] for n in lengths])
+        ends = torch.from_numpy(ends) + whole[:, :1]                            # (groups, 4)
+        segments = {"train": ends[:, :2], "val": ends[:, 1:3].clone(), "test": ends[:, 2:].clone()}
     seq_len = args.seq_len
     if not schema:                                          # a checkpoint has its own T
         seq_len = min(seq_len, int(segments["train"].diff(dim=1).max()))
     if len(lengths) <= 2:
         for name in ("val", "test"):
-            segments[name][:, 0] = torch.maximum(segments[name][:, 0] - seq_len, whole[:, 0])
+            start = segments[name][:, 0]
+            start.copy_(torch.maximum(start - seq_len, whole[:, 0]))
     segments["all"] = whole
     return seq_len, segments
 
@@ -367,7 +365,7 @@ def infer_kind(column, args):
     if is_datetime64_any_dtype(column) or looks_like_time(column):
         return SECOND_TIME if args.time_col else "time"
     words = column.dropna()
-    if (~np.isnan(read_numbers(words, args, np.inf))).sum() >= 0.9 * len(words):
+    if np.isnan(read_numbers(words, args, np.inf)).sum() <= 0.1 * len(words):
         return "numeric"                                    # a "Bad" among numbers is a missing number
     if words.nunique() > MAX_CATEGORIES:                    # each would have a class and a vector of its own
         return f"dropped: over {MAX_CATEGORIES} distinct texts (--categorical_cols keeps it)"
@@ -460,8 +458,7 @@ def read_columns(frame, columns, args):
         rank = (even.mean(), -steps.sum() / steps.median())     # of two as even the shorter time
         undecided = rank == merit or rank[0] == merit[0] == 1   # twelve days, or twelve months
         if undecided and not stamps.equals(best.stamps):
-            fail(f"{args.data}: {' '.join(columns)} reads as {best.pattern!r} and as {pattern!r}: "
-                 "--time_format says which")
+            fail(f"{args.data}: {columns} reads as {best.pattern!r} and as {pattern!r}: which --time_format?")
         if best is None or rank > merit:
             best = TimeAxis(columns, pattern, stamps)
             merit = rank
@@ -552,8 +549,7 @@ def check_target(flag, path, source):
     writable = os.access(folder, os.W_OK) and not os.path.isdir(path)
     is_source = os.path.exists(path) and os.path.exists(source) and os.path.samefile(path, source)
     if is_source or not writable or not path.endswith((".csv", ".csv.gz")):
-        fail(f"{flag} {path} cannot be written: it must be a .csv or .csv.gz, not the table itself, in a "
-             "folder that may be written to")
+        fail(f"{flag} {path} must be a .csv or .csv.gz, not the table itself, in a folder of yours")
 
 
 def replace_file(path, write):
@@ -572,8 +568,7 @@ def read_text(table, args):
     """The file as a DataFrame of text, "" where empty; --regular: by time, with the rows that were absent."""
     unlike = unlike_groups(table)
     if unlike:
-        fail(f"{args.data}: {unlike[0]!r} varies a thousand times more in one group than in another, and the "
-             "small one would be filled with noise of the large one: give each a file, or take logarithms")
+        fail(f"{args.data}: {unlike[0]!r} varies a thousand times more in some groups: give each a file")
     text = read_raw(args, dtype=str, keep_default_na=False)
     text = text.astype("string").fillna("")
     text.columns = list(table.kinds)
@@ -635,8 +630,8 @@ def write_cells(target, rows, name, said, table, text, args):
     forecast = target is not text
     value, low, high = [spell(table, name, values, text, args, forecast) for values in said[:3]]
     target.iloc[rows, target.columns.get_loc(name)] = value
-    return pd.DataFrame({"row": rows, "column": name, "value": value, "low": low, "high": high,
-                         "probability": said[3].numpy().round(3)})
+    lines = pd.DataFrame({"row": rows, "column": name, "value": value, "low": low, "high": high})
+    return lines.assign(probability=said[3].numpy().round(3))
 
 
 def stamp_text(stamps, pattern, manner):
