@@ -73,7 +73,7 @@ class Table:
     keys: pd.DataFrame          # (rows,) "group" and "time" of each row; index: which row of the file it was,
                                 # beyond its end: of --regular. Rows without a time come last, are of no group
     time_columns: list          # of the file
-    pattern: str                # how it writes them, see TimeAxis
+    pattern: str                # for strftime; "s" or "ms": since 1970; "number": as it is; "elapsed": 37:15
     kinds: dict                 # column of the file -> what it was taken for
     seq_len: int                # T
     segments: dict              # split -> (S, 2) int64, [start, end) rows of S sequences that may be read;
@@ -121,8 +121,8 @@ def load_table(args, frame=None, schema=None):
         frame = read_frame(args)
     frame = frame.reset_index(drop=True)                    # rows are known by their number alone
     kinds = infer_kinds(frame, args)
-    axis = read_time(frame, kinds, args)
-    keys = pd.DataFrame({"group": "", "time": axis.stamps})         # whose row it is, and of when
+    columns, pattern, stamps = read_time(frame, kinds, args)
+    keys = pd.DataFrame({"group": "", "time": stamps})      # whose row it is, and of when
     for name in kinds:
         if kinds[name] == "group":
             keys["group"] = labels(frame[name]).fillna("")
@@ -134,7 +134,7 @@ def load_table(args, frame=None, schema=None):
         frame = frame.iloc[keys.index]
     lengths = keys["group"].value_counts(sort=False).to_numpy()
     if len(lengths) == 0:
-        fail(f"{args.data}: no row has a time in {' '.join(axis.columns)!r} (--time_col)")
+        fail(f"{args.data}: no row has a time in {' '.join(columns)!r} (--time_col)")
     seq_len, segments = split_rows(lengths, args, schema)
     is_train = np.zeros(len(frame), bool)                   # the rows that statistics may be taken from
     for start, end in segments["train"].tolist():
@@ -144,8 +144,8 @@ def load_table(args, frame=None, schema=None):
     numeric, categorical, observed = encode(frame, schema, args)
     return Table(schema=schema, numeric=numeric, categorical=categorical, observed=observed,
                  clock=time_features(keys["time"], schema.cycles, args), time=median_steps(keys),
-                 keys=keys, time_columns=axis.columns, pattern=axis.pattern, kinds=kinds,
-                 seq_len=seq_len, segments=segments)
+                 keys=keys, time_columns=columns, pattern=pattern, kinds=kinds, seq_len=seq_len,
+                 segments=segments)
 
 
 def encode(frame, schema, args):
@@ -323,7 +323,7 @@ def read_frame(args):
     if frame.index.nlevels > 1 or has_row_names(frame) and frame.iloc[:, -1].isna().all():
         fail(f"{args.data}: its rows have more cells than its header has names (--skiprows leaves lines out)")
     if frame.shape[1] == 1 and re.search("[;|\t]", frame.columns[0]):
-        fail(f"{args.data}: one column called {frame.columns[0]!r}: is the separator another one? --sep ';'")
+        fail(f"{args.data}: one column called {frame.columns[0]!r}: another separator? --sep ';'")
     return frame
 
 
@@ -354,7 +354,7 @@ def infer_kinds(frame, args):
         if name in args.numeric_cols and np.isnan(read_numbers(frame[name], args)).all():
             fail(f"{args.data}: no value of column {name!r} reads as a number (--numeric_cols)")
     if not {"numeric", "categorical"} & set(kinds.values()):
-        fail(f"{args.data}: no usable column: it needs numbers or categories beside the time and the group")
+        fail(f"{args.data}: no usable column: no numbers or categories beside time and group")
     return kinds
 
 
@@ -402,13 +402,6 @@ MANNERS = [("$^", ""), (r"(?<![\d:.])0(\d)", r"\1"), (r"([+-]\d\d)(\d\d)$", r"\1
            (r"(\.\d{3})000$", r"\1"), (r"(\.\d{3})000\+0000$", r"\1Z")]
 
 
-class TimeAxis(NamedTuple):
-    """The time columns, and how the file writes them."""
-    columns: list               # several are read as one, joined by a blank
-    pattern: str                # for strftime; "s" or "ms": since 1970; "number": as it is; "elapsed": 37:15
-    stamps: pd.Series           # (rows,) time stamps or numbers; the row number where there is no time column
-
-
 def parse_stamps(text, pattern):
     """Text as time stamps, missing where it does not read as this pattern."""
     if pattern in ("s", "ms"):
@@ -436,7 +429,7 @@ def guess_patterns(words):
 
 
 def read_columns(frame, columns, args):
-    """Columns as one TimeAxis, None where no pattern fits; of several the one of the most even steps."""
+    """Columns, joined by a blank: the pattern that fits, or with the most even steps, or None; and stamps."""
     parts = [labels(frame[name]).str.strip() for name in columns]
     text = parts[0].str.cat(parts[1:], sep=" ")
     words = text.dropna()
@@ -448,6 +441,7 @@ def read_columns(frame, columns, args):
         patterns = guess_patterns(words)
     some = words.iloc[::1 + len(words) // 100]              # a quick look spares most of the patterns
     best = None
+    best_stamps = None
     merit = (-1.0, 0.0)
     for pattern in [p for p in patterns if parse_stamps(some, p).notna().all()]:
         stamps = parse_stamps(text, pattern)
@@ -457,35 +451,37 @@ def read_columns(frame, columns, args):
         even = (steps - steps.median()).abs() <= 0.15 * steps.median()          # months differ
         rank = (even.mean(), -steps.sum() / steps.median())     # of two as even the shorter time
         undecided = rank == merit or rank[0] == merit[0] == 1   # twelve days, or twelve months
-        if undecided and not stamps.equals(best.stamps):
-            fail(f"{args.data}: {columns} reads as {best.pattern!r} and as {pattern!r}: which --time_format?")
+        if undecided and not stamps.equals(best_stamps):
+            fail(f"{args.data}: {columns} reads as {best!r} and as {pattern!r}: which one? --time_format")
         if best is None or rank > merit:
-            best = TimeAxis(columns, pattern, stamps)
+            best = pattern
+            best_stamps = stamps
             merit = rank
-    return best
+    return best, best_stamps
 
 
 def read_time(frame, kinds, args):
-    """The TimeAxis of a frame. What looks like time and is not understood is refused."""
+    """The time columns, their pattern (see Table), and stamps or numbers, a Series; or a refusal."""
     columns = args.time_col or [name for name in kinds if kinds[name] == "time"]
     if not columns:                                         # the number of the row; a blank row has none
         number = pd.Series(np.arange(len(frame), dtype=float), frame.index)
         blank = frame.isna().all(axis=1) & (frame.shape[1] > 1)
-        return TimeAxis([], "number", number.mask(blank))
+        return [], "number", number.mask(blank)
     first = frame[columns[0]]
     if len(columns) == 1 and is_datetime64_any_dtype(first):
-        return TimeAxis(columns, "number", first)           # is written as pandas does
+        return columns, "number", first                     # is written as pandas does
     if len(columns) == 1 and is_numeric_dtype(first) and not looks_like_time(first):
-        return TimeAxis(columns, "number", pd.Series(read_numbers(first, args), first.index))
-    axis = read_columns(frame, columns, args)
-    if axis is None and not args.time_col:                  # a date and a date of installation make no time
+        return columns, "number", pd.Series(read_numbers(first, args), first.index)
+    pattern, stamps = read_columns(frame, columns, args)
+    if pattern is None and not args.time_col:               # a date and a date of installation make no time
         kinds.update(dict.fromkeys(columns[1:], SECOND_TIME))
-        axis = read_columns(frame, columns[:1], args)
-    if axis is None or axis.pattern == "elapsed" and not axis.stamps.is_monotonic_increasing:
-        fail(f"{args.data}: {' '.join(columns)!r} does not read as stamps, all in one format and with a day "
-             f"(such as {first.dropna().iloc[[0, -1]].tolist()}): --time_format '%d.%m.%Y %H:%M' says how, "
-             "--time_col Date Time joins two columns, --drop_cols leaves it out and keeps the rows' order")
-    return axis
+        columns = columns[:1]
+        pattern, stamps = read_columns(frame, columns, args)
+    if pattern is None or pattern == "elapsed" and not stamps.is_monotonic_increasing:
+        fail(f"{args.data}: {' '.join(columns)!r} does not read as time stamps in one format (such as "
+             f"{first.dropna().iloc[[0, -1]].tolist()}): --time_format '%d.%m.%Y %H:%M' says how, --time_col "
+             "Date Time joins two columns, --drop_cols leaves it out, and rows stay in the order of the file")
+    return columns, pattern, stamps
 
 
 def time_step(stamps):
@@ -534,7 +530,7 @@ def insert_absent_rows(frame, keys, args):
     known, every = even_keys(keys)
     absent = pd.concat([every, known, known]).drop_duplicates(keep=False)       # what is there once
     if len(known) + len(absent) > len(every):
-        fail(f"{args.data}: --regular: steps of time are uneven, so nobody can say which rows are absent")
+        fail(f"{args.data}: --regular: steps of time are uneven: none is known to be absent")
     keys = pd.concat([keys, absent], ignore_index=True)
     return frame.reindex(keys.index), keys
 
@@ -662,8 +658,8 @@ def new_rows(table, text, like, stamps, args):
         fitting = [manner for manner in MANNERS if pattern == "number"
                    or (stamp_text(known, pattern, manner) == own).all()]
         if not fitting:
-            fail(f"{args.data}: {name} is read as {pattern!r} and not written so (such as {own[-1]!r}): new "
-                 "stamps would look otherwise; --time_format, or a column in one format")
+            fail(f"{args.data}: {name} is read as {pattern!r} and not written so (such as {own[-1]!r}): "
+                 "--time_format, or a column in one format")
         rows[name] = stamp_text(stamps, pattern, fitting[0]).to_numpy()
     return rows
 
@@ -707,10 +703,8 @@ def write_text(path, text, lines, args):
 # ---- two simulated tables, and a tiny one
 
 def simulate_sensors(n_rows=40_000, seed=0):
-    """A pump station at one reading a second, with what real exports have: holes in runs, single dropouts, a
-    frozen sensor, a constant and an empty column, spikes, a sentinel, a category that appears late. The pump
-    affinity laws (flow ~ speed, head ~ speed^2, power ~ speed^3), first-order lags for heat, Markov switching
-    between modes."""
+    """A pump station at one reading a second, by the affinity laws of pumps (flow ~ speed, head ~ speed^2,
+    power ~ speed^3), first-order lags for heat and Markov switching between modes; see spoil."""
     rng = np.random.default_rng(seed)
     t = np.arange(n_rows)
 
@@ -760,7 +754,8 @@ def simulate_sensors(n_rows=40_000, seed=0):
 
 
 def spoil(frame, rng):
-    """What goes wrong on site; returns the same DataFrame with it."""
+    """The same DataFrame with what goes wrong on site: single dropouts and holes in runs, a frozen sensor,
+    spikes, a sentinel, a category that appears late."""
     n_rows = len(frame)
     for name in frame.columns.drop(["time", "line_frequency", "humidity"]):
         holes = rng.random(n_rows) < 0.005
@@ -778,9 +773,8 @@ def spoil(frame, rng):
 
 def simulate_planets(n_systems=3000, seed=0):
     """Two to five planets on Kepler's ellipses round a star, one sequence of 30 to 59 rows a system, each
-    with a step size of its own. x, y: place; m (1e-5 stars), a, e (times 20): mass, semi-major axis and
-    eccentricity, missing where there is no such planet. acceleration_x (_y) says whether the planets' x (y)
-    add up to more than 0."""
+    with its own step size. x, y: place; m (1e-5 stars), a, e (times 20): mass, semi-major axis, eccentricity,
+    missing where no planet is. acceleration_x (_y) says whether the planets' x (y) add up to more than 0."""
     rng = np.random.default_rng(seed)
     n = n_systems
     rows = rng.integers(30, 60, n)
@@ -913,9 +907,9 @@ def draw_lines(path, frame, xlabel, ylabel):
 
 
 def draw_windows(path, schema, batch, asked, guesses, band):
-    """Windows of a Batch in own units: what was seen, what was asked, (B, T, F) bool, {method: guesses (B, T,
-    N)}, and the model's band from low to high, (2, B, T, N). Columns called _x and _y are drawn in the plane,
-    without it; else the four columns of window 0 over rows that move and were asked for most."""
+    """Windows of a Batch in own units: what was seen, what was asked (B, T, F), guesses {method: (B, T, N)},
+    the model's band from low to high, (2, B, T, N). Columns called _x and _y are drawn in the plane, without
+    it; else the four columns of window 0 over rows that move and were asked for most."""
     names = schema.numeric
     scale = torch.tensor(schema.scale)
     center = torch.tensor(schema.center)
@@ -975,12 +969,12 @@ def make_parser(doc, script, source):
                                      formatter_class=Formatter, allow_abbrev=False)
     add = parser.add_argument
     add("--data", default=source, help=f".csv, .csv.gz, .parquet, or simulated: {', '.join(SIMULATIONS)}")
-    add("--sep", type=lambda text: text.replace("\\t", "\t"), default=",", help="between the cells of a .csv")
+    add("--sep", type=lambda text: text.replace("\\t", "\t"), default=",", help="between cells")
     add("--decimal", default=".", help="point or comma")
     add("--thousands", help="between groups of three digits")
     add("--encoding", default="utf-8", help="of a .csv")
-    add("--skiprows", type=int, nargs="+", help="lines of a .csv to leave out; the first is 0")
-    add("--na_values", nargs="+", default=[], help="more words and numbers that mean a missing cell")
+    add("--skiprows", type=int, nargs="+", help="lines to leave out; the first is 0")
+    add("--na_values", nargs="+", default=[], help="more words for a missing cell")
     add("--read_csv", choices=["--sep", "--decimal", "--skiprows", "--na_values"], help="is gone; use these")
     add("--time_col", nargs="+", default=[], help="to sort by; several are joined: Date Time")
     add("--time_format", help="such as '%%d.%%m.%%Y %%H:%%M' (None: found out)")
@@ -993,7 +987,7 @@ def make_parser(doc, script, source):
     add("--split", type=number(float, 0), nargs=3, default=[0.7, 0.15, 0.15],
         help="train, val, test: fractions, or counts of rows in order of time (of groups, shuffled)")
     add("--clip", type=number(float, 0, inside=True), default=10.0,
-        help="what enters the network is cut to +- this, and what lies beyond is not asked for")
+        help="what enters the network is cut to +- this, and nothing beyond is asked for")
     add("--seq_len", type=number(int, 1), default=96, help="T, rows of a window")
     return parser
 
@@ -1019,11 +1013,11 @@ def add_loop_flags(add, script, max_steps):
     add("--device", default="auto", help="cpu, cuda, cuda:1, mps; auto: cuda if there is one")
     add("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"],
         help="of autocast; auto: bfloat16 on a GPU that has it")
-    add("--compile", action="store_true", help="torch.compile: a wait, then faster on a GPU")
+    add("--compile", action="store_true", help="a wait, then faster on a GPU")
     add("--seed", type=count, default=0, help="of weights, batches and masks")
-    add("--eval_every", type=size, default=100, help="steps between evaluations (and saves)")
+    add("--eval_every", type=size, default=100, help="steps between evaluations and saves")
     add("--eval_stride", type=size, help="rows between test windows (None: seq_len // 4)")
-    add("--intervals", metavar="FILE", help="to this .csv a line a cell that is filled or forecast: how sure")
+    add("--intervals", metavar="FILE", help="a .csv: how sure is each cell that is written?")
     add("--coverage", type=number(float, 0, 1, inside=True), default=0.9, help="of intervals")
     add("--log_every", type=size, default=10, help="steps between log lines")
     add("--out_dir", default=f"out/{script}", help="for checkpoints, tables and pictures")
@@ -1130,8 +1124,8 @@ def find_hints(table, args):
     few = [name for name, words in zip(schema.categorical, schema.vocabulary) if 1 < len(words) <= 50]
     if repeated > len(table.observed) / 2 and not args.group_col:
         label = (few or ["NAME"])[0]
-        hints.append(f"the same stamps again and again: a long file (--group_col {label}, or pivot it), or "
-                     "is the hour in another column (--time_col Date Hour)?")
+        hints.append(f"stamps repeat: a long file (--group_col {label}, or pivot it), or is the "
+                     "hour in another column (--time_col Date Hour)?")
     for name in schema.numeric:
         if re.search(NAMED_TIME, name) and not table.time_columns and not args.group_col:
             hints.append(f"{name} is taken for a number: is it the time? --time_col {name}")
