@@ -440,10 +440,11 @@ def read_columns(frame, columns, args):
     else:
         patterns = guess_patterns(words)
     some = words.iloc[::1 + len(words) // 100]              # a quick look spares most of the patterns
+    patterns = [p for p in patterns if parse_stamps(some, p).notna().all()]
     best = None
     best_stamps = None
     merit = (-1.0, 0.0)
-    for pattern in [p for p in patterns if parse_stamps(some, p).notna().all()]:
+    for pattern in patterns:
         stamps = parse_stamps(text, pattern)
         if stamps.count() < len(words):                     # some do not read so
             continue
@@ -1095,15 +1096,21 @@ def show(schema, batch):
 
 def hole_runs(table):
     """For each column the number of holes in the train rows, and of runs of them, two (F,)."""
-    sequences = [(~table.observed[a:b]).to(torch.int8) for a, b in table.segments["train"].tolist()]
-    runs = sum((hole.diff(dim=0, prepend=0 * hole[:1]) > 0).sum(dim=0) for hole in sequences)
-    return torch.cat(sequences).sum(dim=0), runs
+    holes = 0
+    runs = 0
+    for start, end in table.segments["train"].tolist():
+        hole = (~table.observed[start:end]).int()
+        holes = holes + hole.sum(dim=0)
+        runs = runs + hole[:1].sum(dim=0) + (hole.diff(dim=0) > 0).sum(dim=0)
+    return holes, runs
 
 
 def default_span(table):
     """Mean rows of a run of holes in the train rows, at most T / 4; 12 where there are too few to tell."""
     learnt = torch.tensor(table.schema.learnt)
-    holes, runs = [int(count[learnt].sum()) for count in hole_runs(table)]
+    holes, runs = hole_runs(table)
+    holes = int(holes[learnt].sum())
+    runs = int(runs[learnt].sum())
     span = 12.0 if runs < 20 else holes / runs
     return max(1.0, min(span, table.seq_len / 4))
 
