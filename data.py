@@ -22,9 +22,6 @@ import torch
 from pandas.api.types import infer_dtype, is_datetime64_any_dtype, is_numeric_dtype
 from pandas.tseries.api import guess_datetime_format
 
-# pandas says when it reads a day as a month, and what infer_freq returns is about to change
-warnings.filterwarnings("ignore", "Parsing dates|A future version of pandas will return a BaseOffset")
-
 SENTINEL = 1e30                     # files write "no reading" as -1.18e42; nothing we measure is that big
 MAX_CATEGORIES = 1000               # a text column with more distinct values than this is an identifier
 CYCLES = {"day": 86_400, "week": 604_800, "year": 365.25 * 86_400}      # in seconds: the hands of the clock
@@ -389,6 +386,8 @@ def labels(column):
 
 # ---- time
 
+# pandas says when it reads a day as a month, and what infer_freq returns is about to change
+warnings.filterwarnings("ignore", "Parsing dates|A future version of pandas will return a BaseOffset")
 YMD = {"year": "%Y", "month": "%m", "day": "%d", "hour": "%H", "minute": "%M", "second": "%S"}
 SECOND_TIME = "dropped: a second time column"
 # what pandas does not guess: years of two digits, months without a day, hours up to twelve or alone
