@@ -954,7 +954,7 @@ def number(kind, low, high=2.0 ** 53, inside=False):
     def parse(text):
         value = kind(text)
         if not low <= value <= high or inside and value in (low, high):
-            raise argparse.ArgumentTypeError(f"{text} is not {'inside' if inside else 'in'} {low} to {high}")
+            raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
         return value
     parse.__name__ = kind.__name__                          # "invalid int value: 'x'", says argparse
     return parse
@@ -1130,8 +1130,8 @@ def find_hints(table, args):
     few = [name for name, words in zip(schema.categorical, schema.vocabulary) if 1 < len(words) <= 50]
     if repeated > len(table.observed) / 2 and not args.group_col:
         label = (few or ["NAME"])[0]
-        hints.append(f"stamps repeat: a long file (--group_col {label}, or pivot it), or is the "
-                     "hour in another column (--time_col Date Hour)?")
+        hints.append(f"the same stamps again and again: a long file (--group_col {label}, or pivot it), or "
+                     "is the hour in another column (--time_col Date Hour)?")
     for name in schema.numeric:
         if re.search(NAMED_TIME, name) and not table.time_columns and not args.group_col:
             hints.append(f"{name} is taken for a number: is it the time? --time_col {name}")

@@ -747,7 +747,7 @@ def test_below_the_marker_the_two_scripts_are_one():
     assert own == {name for name in common if ours[name] != theirs[name]}
 
 @pytest.mark.parametrize("name,lines,characters,tokens", [
-    ("data.py", 1200, 47, 12.7), ("masking.py", 352, 43, 13), ("model.py", 405, 45, 13.2),
+    ("data.py", 1197, 47, 12.7), ("masking.py", 352, 43, 13), ("model.py", 405, 45, 13.2),
     ("train_mlm.py", 467, 49.5, 12.1), ("train_ar.py", 535, 49.5, 13)])
 def test_the_files_stay_small_and_plain(name, lines, characters, tokens):
     """Lines of the file; characters and tokens a line of code; lines of a function."""
