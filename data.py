@@ -19,6 +19,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 import torch
+from pandas.api.types import infer_dtype, is_datetime64_any_dtype, is_numeric_dtype
 from pandas.tseries.api import guess_datetime_format
 
 SENTINEL = 1e30                     # files write "no reading" as -1.18e42; nothing we measure is that big
@@ -66,14 +67,14 @@ class Table:
     observed: torch.Tensor      # (rows, F) bool
     clock: torch.Tensor         # (rows, C) float32
     time: torch.Tensor          # (rows,) float64, in median steps
-    order: np.ndarray           # (rows,) which row of the file each was; beyond its end: of --regular.
-                                # Rows without a time come last, belong to no sequence, and stay as they are
-    axis: "TimeAxis"            # its time stamps, and how the file writes them
+    keys: pd.DataFrame          # (rows,) "group" and "time" of each row; index: which row of the file it was,
+                                # beyond its end: of --regular. Rows without a time come last, are of no group
+    time_columns: list          # of the file
+    pattern: str                # for strftime; "s" or "ms": since 1970; "number": as it is; "elapsed": 37:15
     kinds: dict                 # column of the file -> what it was taken for
     seq_len: int                # T
     segments: dict              # split -> (S, 2) int64, [start, end) rows of S sequences that may be read;
                                 # "all" -> every sequence whole
-    split_by_time: bool         # or whole groups are train, val or test
 
     def starts(self, split, stride):
         """Windows every `stride` rows, and a last one flush with the end, so that no row of the split is left
@@ -117,38 +118,35 @@ def load_table(args, frame=None, schema=None):
         frame = read_frame(args)
     frame = frame.reset_index(drop=True)                    # rows are known by their number alone
     kinds = infer_kinds(frame, args)
-    axis = read_time(frame, kinds, args)
-    group = pd.Series("", frame.index)                      # the label of the sequence of each row
+    columns, pattern, stamps = read_time(frame, kinds, args)
+    keys = pd.DataFrame({"group": "", "time": stamps})      # whose row it is, and of when
     for name in kinds:
         if kinds[name] == "group":
-            group = labels(frame[name]).fillna("")
+            keys["group"] = labels(frame[name]).fillna("")
+    keys["group"] = keys["group"].where(keys["time"].notna())
     if args.regular:
-        frame, group, axis = insert_absent_rows(frame, group, axis, args)
-    # equal times keep their order
-    keys = pd.DataFrame({"group": group.where(axis.stamps.notna()), "time": axis.stamps})
-    order = keys.sort_values(["group", "time"], kind="stable").index
-    if not order.is_monotonic_increasing:                   # a big table need not be held twice
-        frame = frame.iloc[order]
-    axis = axis._replace(stamps=axis.stamps.iloc[order])
-    lengths = keys.groupby("group").size().to_numpy()
+        frame, keys = insert_absent_rows(frame, keys, args)
+    keys = keys.sort_values(["group", "time"], kind="stable")       # equal times keep their order
+    if not keys.index.is_monotonic_increasing:              # a big table need not be held twice
+        frame = frame.iloc[keys.index]
+    lengths = keys["group"].value_counts(sort=False).to_numpy()
     if len(lengths) == 0:
-        fail(f"{args.data}: no row has a time in {' '.join(axis.columns)!r} (--time_col)")
-    seq_len, segments, split_by_time = split_rows(lengths, args, schema)
+        fail(f"{args.data}: no row has a time in {' '.join(columns)!r} (--time_col)")
+    seq_len, segments = split_rows(lengths, args, schema)
     is_train = np.zeros(len(frame), bool)                   # the rows that statistics may be taken from
     for start, end in segments["train"].tolist():
         is_train[start:end] = True
     if schema is None:
-        schema = fit_schema(frame, kinds, axis, is_train, args)
+        schema = fit_schema(frame, kinds, keys["time"], is_train, args)
     numeric, categorical, observed = encode(frame, schema, args)
     return Table(schema=schema, numeric=numeric, categorical=categorical, observed=observed,
-                 clock=time_features(axis.stamps, schema.cycles, args), time=median_steps(axis, lengths),
-                 order=order.to_numpy(), axis=axis, kinds=kinds, seq_len=seq_len,
-                 segments=segments, split_by_time=split_by_time)
+                 clock=time_features(keys["time"], schema.cycles, args), time=median_steps(keys),
+                 keys=keys, time_columns=columns, pattern=pattern, kinds=kinds, seq_len=seq_len,
+                 segments=segments)
 
 
 def encode(frame, schema, args):
-    """DataFrame -> numeric (rows, N), categorical (rows, K), observed (rows, F). From here on no cell is
-    NaN."""
+    """DataFrame -> numeric (rows, N), categorical (rows, K), observed (rows, F), in which no cell is NaN."""
     N = len(schema.numeric)
     names = schema.numeric + schema.categorical
     numeric = np.zeros((len(frame), N), np.float32)
@@ -158,7 +156,7 @@ def encode(frame, schema, args):
         if name not in frame:
             fail(f"{args.data}: there is no column {name!r}, which the checkpoint was trained on")
     for j, name in enumerate(schema.numeric):
-        x = clean_numbers(frame[name], args)                # float64, NaN where there is none
+        x = read_numbers(frame[name], args)                 # float64, NaN where there is none
         observed[:, j] = ~np.isnan(x)
         scaled = (x - schema.center[j]) / schema.scale[j]
         scaled = np.clip(scaled, -1e9, 1e9)                 # so that squares are finite
@@ -171,25 +169,32 @@ def encode(frame, schema, args):
     return torch.from_numpy(numeric), torch.from_numpy(categorical), torch.from_numpy(observed)
 
 
-def fit_schema(frame, kinds, axis, is_train, args):
+def fit_schema(frame, kinds, stamps, is_train, args):
     """Scales, vocabularies and cycles, from the rows where is_train, (rows,) bool, is True alone."""
     numeric = [name for name in kinds if kinds[name] == "numeric"]
     categorical = [name for name in kinds if kinds[name] == "categorical"]
     schema = Schema(numeric, categorical, center=[], scale=[], vocabulary=[], learnt=[], cycles=[])
     for name in numeric:
-        x = clean_numbers(frame[name], args)[is_train]
-        center, scale = fit_scale(x[~np.isnan(x)])
+        x = read_numbers(frame[name], args)[is_train]
+        x = x[~np.isnan(x)]
+        schema.learnt.append(len(x) > 0)
+        if len(x) == 0:
+            x = np.zeros(1)
+        x = np.clip(x, *np.quantile(x, [0.001, 0.999]))     # one spike must not set the scale of all
+        center = float(x.mean())
+        scale = float(x.std())
+        if scale <= 1e-9 * abs(center):                     # a constant's std is rounding
+            scale = 1.0
         schema.center.append(center)
         schema.scale.append(scale)
-        schema.learnt.append(not np.isnan(x).all())
     for name in categorical:
         # commonest first, so that id 2 is what one would guess without a model; then by name
         count = labels(frame[name])[is_train].value_counts().sort_index()
         count = count.sort_values(ascending=False, kind="stable")
         schema.vocabulary.append(count.index.tolist())
         schema.learnt.append(len(count) > 0)
-    if pd.api.types.is_datetime64_any_dtype(axis.stamps):
-        train = axis.stamps[is_train]
+    if is_datetime64_any_dtype(stamps):
+        train = stamps[is_train]
         seconds = (train.max() - train.min()).total_seconds()
         # a cycle that the train rows have not seen twice tells dates apart, and is learnt by heart
         schema.cycles = [cycle for cycle in args.cycles if seconds >= 2 * CYCLES[cycle]]
@@ -200,7 +205,7 @@ def time_features(stamps, cycles, args):
     """Time stamps -> clock (rows, 2 * cycles) float32: sin and cos of the place in each cycle. An angle has
     no midnight at which it jumps, as hours from 0 to 23 do."""
     clock = np.zeros((len(stamps), 2 * len(cycles)), np.float32)
-    if cycles and not pd.api.types.is_datetime64_any_dtype(stamps):
+    if cycles and not is_datetime64_any_dtype(stamps):
         fail(f"{args.data}: it has no time stamps, which the checkpoint was trained with (--time_col)")
     for i, cycle in enumerate(cycles):
         midnight = pd.Timestamp("2000-01-01", tz=stamps.dt.tz)
@@ -212,8 +217,7 @@ def time_features(stamps, cycles, args):
 
 def step_generator(*key):
     """A CPU generator seeded by a key such as (seed, step, rank). All that is random in a step comes from one
-    of these, so that resuming needs no saved state. SeedSequence hashes: neighbours have nothing in
-    common."""
+    of these, so resuming needs no saved state. SeedSequence hashes: neighbours have nothing in common."""
     seed = np.random.SeedSequence((len(key), *key)).generate_state(1)[0]
     return torch.Generator().manual_seed(int(seed))
 
@@ -226,71 +230,45 @@ def fail(message):
     raise SystemExit(2)
 
 
-# -----------------------------------------------------------------------------
-# scales and splits
-
-def fit_scale(x):
-    """Mean and standard deviation of a column's train values, float64; a constant or an empty one has
-    scale 1."""
-    if len(x) == 0:
-        return 0.0, 1.0
-    x = np.clip(x, *np.quantile(x, [0.001, 0.999]))         # one spike must not set the scale of all
-    center = x.mean()
-    scale = x.std()
-    if scale <= 1e-9 * abs(center):                         # a constant's std is rounding
-        scale = 1.0
-    return float(center), float(scale)
-
-
-def split_counts(n, what, args):
-    """--split -> how many of n rows (or groups) are train, val and test."""
+def split_ends(n, what, args):
+    """--split -> after how many of n rows (or groups) train, val and test end."""
     counts = args.split
     if sum(args.split) <= 1 + 1e-6:                         # fractions; of a few groups none gets nothing
         val = max(1, round(n * args.split[1]))
         test = max(1, round(n * args.split[2]))
         counts = [max(1, round(n * sum(args.split)) - val - test), val, test]
     if min(counts) < 1 or sum(counts) > n or any(count % 1 for count in counts):
-        fail(f"{args.data}: --split {args.split} does not fit its {n} {what}: three fractions or counts, "
-             "and at least one for each part")
-    return [int(count) for count in counts]
+        fail(f"{args.data}: --split {args.split} does not fit its {n} {what}, at least one for each part")
+    return np.cumsum(counts).astype(int)
 
 
 def split_rows(lengths, args, schema=None):
-    """T, the segments of Table, and whether time is split. lengths: rows of each group, in row order.
-
-    One or two sequences are split by time, each. As the ETTh1 protocol has it (Zhou 2021), a val or test
-    window may begin up to T rows before its part. More groups are split by group, shuffled with a fixed seed.
-    """
+    """T and the segments of Table. lengths: rows of each group, in row order. One or two are split by time,
+    each. As the ETTh1 protocol has it (Zhou 2021), a val or test window may begin up to T rows before its
+    part. More groups are split by group, shuffled with a fixed seed."""
     end = np.cumsum(lengths)
-    start = end - lengths                                                       # (groups,)
-    by_time = len(lengths) < 3
-    if by_time:
-        counts = np.array([split_counts(n, "rows", args) for n in lengths.tolist()])
-        longest = counts[:, 0].min()
-    else:
-        counts = split_counts(len(lengths), "groups", args)
+    whole = torch.from_numpy(np.stack([end - lengths, end], axis=1))            # (groups, 2)
+    if len(lengths) > 2:
         # not the first groups to train on: files are sorted, and the last wells are the newest
         mixed = np.random.default_rng(0).permutation(len(lengths))
-        train, val, test, _ = np.split(mixed, np.cumsum(counts))
-        longest = lengths[train].max()
-    # no window need be longer than what there is to train on; a checkpoint has its own T
-    seq_len = args.seq_len if schema else min(args.seq_len, int(longest))
-    if by_time:
-        a, b, c = start + np.cumsum(counts, axis=1).T                           # where the parts end
-        parts = {"train": (start, a),
-                 "val": (np.maximum(a - seq_len, start), b),
-                 "test": (np.maximum(b - seq_len, start), c)}
+        a, b, c = split_ends(len(lengths), "groups", args)
+        segments = {"train": whole[mixed[:a]], "val": whole[mixed[a:b]], "test": whole[mixed[b:c]]}
     else:
-        parts = {"train": (start[train], end[train]),
-                 "val": (start[val], end[val]),
-                 "test": (start[test], end[test])}
-    parts["all"] = (start, end)
-    segments = {name: torch.from_numpy(np.stack(edges, axis=1)) for name, edges in parts.items()}
-    return seq_len, segments, by_time
+        ends = np.array([[0, *split_ends(n, "rows", args)] for n in lengths])
+        ends = torch.from_numpy(ends) + whole[:, :1]                            # (groups, 4)
+        segments = {"train": ends[:, :2], "val": ends[:, 1:3].clone(), "test": ends[:, 2:].clone()}
+    seq_len = args.seq_len
+    if not schema:                                          # a checkpoint has its own T
+        seq_len = min(seq_len, int(segments["train"].diff(dim=1).max()))
+    if len(lengths) <= 2:
+        for name in ("val", "test"):
+            start = segments[name][:, 0]
+            start.copy_(torch.maximum(start - seq_len, whole[:, 0]))
+    segments["all"] = whole
+    return seq_len, segments
 
 
-# -----------------------------------------------------------------------------
-# files, and the kinds of their columns
+# ---- files, and the kinds of their columns
 
 MISSING = ["?", "-", "--", "n.a."]  # markers of a missing cell, beside those that pandas knows
 MONTH = r"(?i:jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec)[a-z]*"
@@ -307,10 +285,17 @@ NAMED_TIME = r"(?i)time|date|stamp|epoch|year|datum|zeit"
 
 
 def read_raw(args, **options):
-    """The file as a DataFrame, by pandas; whatever cannot be read ends in one sentence."""
+    """The table as a DataFrame, by pandas; whatever cannot be read ends in one sentence."""
+    if args.data in SIMULATIONS:
+        return SIMULATIONS[args.data]()
     try:
         if args.data.endswith(".parquet"):
-            return pd.read_parquet(args.data)
+            frame = pd.read_parquet(args.data)
+            named = any(frame.index.names) or isinstance(frame.index, pd.DatetimeIndex)
+            frame = frame.reset_index(drop=not named)       # dates may stand there
+            for name in frame.select_dtypes("timedelta"):   # a duration is a number, of seconds
+                frame[name] = frame[name].dt.total_seconds()
+            return frame
         options.update(sep=args.sep, encoding=args.encoding, skiprows=args.skiprows, low_memory=False)
         frame = pd.read_csv(args.data, **options)
         if frame.shape[1] == 1:                             # a blank line is a hole, of this one column
@@ -325,23 +310,17 @@ def read_raw(args, **options):
 
 def read_frame(args):
     """The table as a DataFrame of at least one row. Columns that look like dates stay text."""
-    if args.data in SIMULATIONS:
-        return SIMULATIONS[args.data]()
     head = read_raw(args, dtype=str, nrows=200)
     dates = {name: str for name in head if looks_like_time(head[name])}
     frame = read_raw(args, dtype=dates, decimal=args.decimal, thousands=args.thousands,
                      na_values=MISSING + args.na_values)
-    if frame.index.name or isinstance(frame.index, pd.DatetimeIndex):           # parquet keeps dates there
-        frame = frame.reset_index()
     frame.columns = [str(name) for name in frame.columns]
     if len(frame) == 0:
         fail(f"{args.data}: the table has no rows")
     if frame.index.nlevels > 1 or has_row_names(frame) and frame.iloc[:, -1].isna().all():
         fail(f"{args.data}: its rows have more cells than its header has names (--skiprows leaves lines out)")
     if frame.shape[1] == 1 and re.search("[;|\t]", frame.columns[0]):
-        fail(f"{args.data}: one column called {frame.columns[0]!r}: is the separator another one? --sep ';'")
-    for name in frame.select_dtypes("timedelta"):           # a duration is a number, of seconds
-        frame[name] = frame[name].dt.total_seconds()
+        fail(f"{args.data}: one column called {frame.columns[0]!r}: another separator? --sep ';'")
     return frame
 
 
@@ -369,39 +348,34 @@ def infer_kinds(frame, args):
         kinds.update(dict.fromkeys(parts, "time"))
     for name in kinds:
         kinds[name] = kinds[name] or infer_kind(frame[name], args)
-        if name in args.numeric_cols and np.isnan(clean_numbers(frame[name], args)).all():
+        if name in args.numeric_cols and np.isnan(read_numbers(frame[name], args)).all():
             fail(f"{args.data}: no value of column {name!r} reads as a number (--numeric_cols)")
     if not {"numeric", "categorical"} & set(kinds.values()):
-        fail(f"{args.data}: no usable column: it needs numbers or categories beside the time and the group")
+        fail(f"{args.data}: no usable column: no numbers or categories beside time and group")
     return kinds
 
 
 def infer_kind(column, args):
     """The kind of a column that no flag speaks of."""
-    if pd.api.types.infer_dtype(column, skipna=True) in ("boolean", "categorical"):
+    if infer_dtype(column) in ("boolean", "categorical"):
         return "categorical"                                # True with holes has dtype object, not bool
-    if pd.api.types.is_datetime64_any_dtype(column) or looks_like_time(column):
+    if is_datetime64_any_dtype(column) or looks_like_time(column):
         return SECOND_TIME if args.time_col else "time"
     words = column.dropna()
-    if (~np.isnan(read_numbers(words, args))).sum() >= 0.9 * len(words):
+    if np.isnan(read_numbers(words, args, np.inf)).sum() <= 0.1 * len(words):
         return "numeric"                                    # a "Bad" among numbers is a missing number
     if words.nunique() > MAX_CATEGORIES:                    # each would have a class and a vector of its own
         return f"dropped: over {MAX_CATEGORIES} distinct texts (--categorical_cols keeps it)"
     return "categorical"
 
 
-def read_numbers(column, args):
-    """A column as float64, NaN where it is no number. One word among numbers has made all of them text."""
-    if pd.api.types.infer_dtype(column, skipna=True) == "string":
+def read_numbers(column, args, largest=SENTINEL):
+    """A column as float64, NaN where it is no number or a larger one: in float32 -1.18e42 would be -inf."""
+    if infer_dtype(column) == "string":                     # one word makes all of them text
         column = column.str.replace(args.thousands or "\0", "", regex=False)
         column = column.str.replace(args.decimal, ".", regex=False)
-    return pd.to_numeric(column, errors="coerce").to_numpy(dtype=np.float64, na_value=np.nan, copy=True)
-
-
-def clean_numbers(column, args):
-    """The same, NaN where it is infinite or a sentinel, too: in float32 -1.18e42 would be -inf."""
-    x = read_numbers(column, args)
-    x[~(np.abs(x) <= SENTINEL)] = np.nan                    # `not <=` catches nan, inf and sentinel in one go
+    x = pd.to_numeric(column, errors="coerce").to_numpy(dtype=np.float64, na_value=np.nan, copy=True)
+    x[~(np.abs(x) <= largest)] = np.nan                     # `not <=` catches nan, inf and sentinel in one go
     return x
 
 
@@ -410,9 +384,10 @@ def labels(column):
     return column.convert_dtypes().astype("string").astype(object)
 
 
-# -----------------------------------------------------------------------------
-# time
+# ---- time
 
+# pandas says when it reads a day as a month, and what infer_freq returns is about to change
+warnings.filterwarnings("ignore", "Parsing dates|A future version of pandas will return a BaseOffset")
 YMD = {"year": "%Y", "month": "%m", "day": "%d", "hour": "%H", "minute": "%M", "second": "%S"}
 SECOND_TIME = "dropped: a second time column"
 # what pandas does not guess: years of two digits, months without a day, hours up to twelve or alone
@@ -420,16 +395,10 @@ OTHER_DATES = ["%d.%m.%y", "%m/%d/%y", "%d/%m/%y", "%d-%b-%y", "%m/%d/%Y", "%d/%
 OTHER_CLOCKS = ["", " %H", " %H:%M", " %H:%M:%S", " %H.%M", " %H.%M.%S", " %I:%M %p", " %I:%M:%S %p"]
 OTHER_PATTERNS = [date + clock for date in OTHER_DATES for clock in OTHER_CLOCKS]
 OTHER_PATTERNS += ["%m/%Y", "%b %Y", "%B %Y", "%b-%y", "%b-%Y", "%Y%m%d%H"]
+NUMBER_PATTERNS = {"s": r"1\d{9}(?:\.\d+)?", "ms": r"1\d{12}(?:\.\d+)?", "elapsed": r"\d+:\d\d(?::\d\d)?"}
 # what strftime pads and others do not, and how they write zones: patterns to replace in its text
 MANNERS = [("$^", ""), (r"(?<![\d:.])0(\d)", r"\1"), (r"([+-]\d\d)(\d\d)$", r"\1:\2"), (r"\+0000$", "Z"),
            (r"(\.\d{3})000$", r"\1"), (r"(\.\d{3})000\+0000$", r"\1Z")]
-
-
-class TimeAxis(NamedTuple):
-    """The time columns, and how the file writes them."""
-    columns: list               # several are read as one, joined by a blank
-    pattern: str                # for strftime; "s" or "ms": since 1970; "number": as it is; "elapsed": 37:15
-    stamps: pd.Series           # (rows,) time stamps or numbers; the row number where there is no time column
 
 
 def parse_stamps(text, pattern):
@@ -448,87 +417,78 @@ def parse_stamps(text, pattern):
 
 def guess_patterns(words):
     """Patterns by which the first and the last of these words, a Series, read."""
-    for pattern, looks in (("s", r"1\d{9}(?:\.\d+)?"), ("ms", r"1\d{12}(?:\.\d+)?"),
-                           ("elapsed", r"\d+:\d\d(?::\d\d)?")):
+    for pattern, looks in NUMBER_PATTERNS.items():
         if words.str.fullmatch(looks).all():
             return [pattern]
     guesses = list(OTHER_PATTERNS)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")                     # pandas says when it read a day as a month
-        for word in words.iloc[[0, -1]]:
-            guesses += [guess_datetime_format(word), guess_datetime_format(word, dayfirst=True)]
+    for word in words.iloc[[0, -1]]:
+        guesses += [guess_datetime_format(word), guess_datetime_format(word, dayfirst=True)]
     # nobody writes the year first and the month last, or points after the month first
     return [p for p in dict.fromkeys(guesses) if p and not re.match(r"%Y.%d|%m\.%d", p)]
 
 
 def read_columns(frame, columns, args):
-    """Columns as one TimeAxis; None where no pattern fits. Of several that fit, such as day-first and
-    month-first, the one that makes the steps most even."""
-    text = labels(frame[columns[0]]).str.strip()
-    for name in columns[1:]:
-        text = text.str.cat(labels(frame[name]).str.strip(), sep=" ")
+    """Columns, joined by a blank: the pattern that fits, or with the most even steps, or None; and stamps."""
+    parts = [labels(frame[name]).str.strip() for name in columns]
+    text = parts[0].str.cat(parts[1:], sep=" ")
     words = text.dropna()
     if args.time_format:
         patterns = [args.time_format]
     elif len(columns) > 1 and {name.lower() for name in columns} <= YMD.keys():
         patterns = [" ".join(YMD[name.lower()] for name in columns)]
     else:
-        patterns = guess_patterns(words) if len(words) else []
+        patterns = guess_patterns(words)
     some = words.iloc[::1 + len(words) // 100]              # a quick look spares most of the patterns
+    patterns = [p for p in patterns if parse_stamps(some, p).notna().all()]
     best = None
+    best_stamps = None
     merit = (-1.0, 0.0)
     for pattern in patterns:
-        if parse_stamps(some, pattern).isna().any():
-            continue
         stamps = parse_stamps(text, pattern)
-        if not (stamps.isna() == text.isna()).all():        # some do not read so
+        if stamps.count() < len(words):                     # some do not read so
             continue
         steps = stamps.drop_duplicates().sort_values().diff().dropna()
         even = (steps - steps.median()).abs() <= 0.15 * steps.median()          # months differ
         rank = (even.mean(), -steps.sum() / steps.median())     # of two as even the shorter time
         undecided = rank == merit or rank[0] == merit[0] == 1   # twelve days, or twelve months
-        if undecided and not stamps.equals(best.stamps):
-            fail(f"{args.data}: {' '.join(columns)} reads as {best.pattern!r} and as {pattern!r}: "
-                 "--time_format says which")
+        if undecided and not stamps.equals(best_stamps):
+            fail(f"{args.data}: {columns} reads as {best!r} and as {pattern!r}: which one? --time_format")
         if best is None or rank > merit:
-            best = TimeAxis(columns, pattern, stamps)
+            best = pattern
+            best_stamps = stamps
             merit = rank
-    return best
+    return best, best_stamps
 
 
 def read_time(frame, kinds, args):
-    """The TimeAxis of a frame. What looks like time and is not understood is refused."""
+    """The time columns, their pattern (see Table), and stamps or numbers, a Series; or a refusal."""
     columns = args.time_col or [name for name in kinds if kinds[name] == "time"]
     if not columns:                                         # the number of the row; a blank row has none
         number = pd.Series(np.arange(len(frame), dtype=float), frame.index)
         blank = frame.isna().all(axis=1) & (frame.shape[1] > 1)
-        return TimeAxis([], "number", number.mask(blank))
+        return [], "number", number.mask(blank)
     first = frame[columns[0]]
-    if len(columns) == 1 and pd.api.types.is_datetime64_any_dtype(first):
-        return TimeAxis(columns, "number", first)           # is written as pandas does
-    if len(columns) == 1 and pd.api.types.is_numeric_dtype(first) and not looks_like_time(first):
-        return TimeAxis(columns, "number", pd.Series(clean_numbers(first, args), first.index))
-    axis = read_columns(frame, columns, args)
-    if axis is None and not args.time_col:                  # a date and a date of installation make no time
+    if len(columns) == 1 and is_datetime64_any_dtype(first):
+        return columns, "number", first                     # is written as pandas does
+    if len(columns) == 1 and is_numeric_dtype(first) and not looks_like_time(first):
+        return columns, "number", pd.Series(read_numbers(first, args), first.index)
+    pattern, stamps = read_columns(frame, columns, args)
+    if pattern is None and not args.time_col:               # a date and a date of installation make no time
         kinds.update(dict.fromkeys(columns[1:], SECOND_TIME))
-        axis = read_columns(frame, columns[:1], args)
-    if axis is None:
+        columns = columns[:1]
+        pattern, stamps = read_columns(frame, columns, args)
+    if pattern is None or pattern == "elapsed" and not stamps.is_monotonic_increasing:
         fail(f"{args.data}: {' '.join(columns)!r} does not read as time stamps in one format (such as "
              f"{first.dropna().iloc[[0, -1]].tolist()}): --time_format '%d.%m.%Y %H:%M' says how, --time_col "
              "Date Time joins two columns, --drop_cols leaves it out, and rows stay in the order of the file")
-    if axis.pattern == "elapsed" and not axis.stamps.is_monotonic_increasing:
-        fail(f"{args.data}: {axis.columns[0]!r} is a time of day without its day: --time_col Date Time joins "
-             "two columns, --drop_cols leaves it out")
-    return axis
+    return columns, pattern, stamps
 
 
 def time_step(stamps):
     """The step by which stamps go on: months, business days and the like by name, else the median."""
     stamps = stamps.dropna().drop_duplicates().sort_values()
-    if pd.api.types.is_datetime64_any_dtype(stamps) and len(stamps) > 2:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")                 # what it returns is about to change
-            offset = pd.infer_freq(stamps.iloc[-12:])
+    if is_datetime64_any_dtype(stamps) and len(stamps) > 2:
+        offset = pd.infer_freq(stamps.iloc[-12:])
         if offset and "bh" not in offset.lower():           # business hours: whose?
             return pd.tseries.frequencies.to_offset(offset)
         days = stamps.diff().median() / pd.Timedelta(days=1)
@@ -537,49 +497,45 @@ def time_step(stamps):
     return stamps.diff().median()
 
 
-def time_grid(first, last, steps, step):
-    """Stamps `step` apart from `first` on: up to `last`, or as many as `steps` if that is None."""
-    if isinstance(first, pd.Timestamp):
-        return pd.date_range(first, last, periods=steps, freq=step)
-    if last is not None:
-        steps = int(round((last - first) / step)) + 1
-    return pd.Index(first + step * np.arange(steps))
-
-
-def median_steps(axis, lengths):
+def median_steps(keys):
     """(rows,) float64: when each row was, in median steps; its number where time does not tell."""
-    seconds = axis.stamps.ffill()                           # rows without a stamp come last
-    if pd.api.types.is_datetime64_any_dtype(seconds):
+    seconds = keys["time"].ffill()                          # rows without a stamp come last
+    if is_datetime64_any_dtype(seconds):
         seconds = (seconds - seconds.min()).dt.total_seconds()
-    groups = np.repeat(np.arange(len(lengths)), lengths)
-    steps = seconds.iloc[:len(groups)].groupby(groups).diff()
+    steps = seconds.groupby(keys["group"]).diff()
     step = steps[steps > 0].median()
-    if not step > 0 or seconds.isna().any():
+    if not step > 0:
         return torch.arange(len(seconds)).double()
     return torch.from_numpy((seconds / step).to_numpy(np.float64, copy=True))
 
 
-def insert_absent_rows(frame, group, axis, args):
+def even_keys(keys):
+    """The different keys (group and time) of a table, and what they were if no step of time were absent."""
+    known = keys.dropna().drop_duplicates().sort_values("time")
+    every = []
+    for name, own in known.groupby("group")["time"]:
+        step = time_step(own)
+        first = own.iloc[0]
+        last = own.iloc[-1]
+        if first < last and isinstance(first, pd.Timestamp):
+            own = pd.date_range(first, last, freq=step)
+        elif first < last:
+            own = first + step * np.arange(1 + round((last - first) / step))
+        every.append(pd.DataFrame({"group": name, "time": own}))
+    return known, pd.concat(every)
+
+
+def insert_absent_rows(frame, keys, args):
     """--regular: the same with a row of holes at the end for each step of time that is not there."""
-    stamps = []
-    names = []
-    for name, own in axis.stamps.dropna().groupby(group):
-        if own.nunique() < 2:
-            continue
-        grid = time_grid(own.min(), own.max(), None, time_step(own))
-        if not own.isin(grid).all():
-            fail(f"{args.data}: --regular: steps of time are uneven, so nobody can say which rows are absent")
-        absent = grid.difference(own).tolist()
-        stamps += absent
-        names += [name] * len(absent)
-    rows = pd.RangeIndex(len(frame), len(frame) + len(stamps))
-    group = pd.concat([group, pd.Series(names, rows, dtype=object)])
-    stamps = pd.concat([axis.stamps, pd.Series(stamps, rows, dtype=axis.stamps.dtype)])
-    return frame.reindex(group.index), group, axis._replace(stamps=stamps)
+    known, every = even_keys(keys)
+    absent = pd.concat([every, known, known]).drop_duplicates(keep=False)       # what is there once
+    if len(known) + len(absent) > len(every):
+        fail(f"{args.data}: --regular: steps of time are uneven: none is known to be absent")
+    keys = pd.concat([keys, absent], ignore_index=True)
+    return frame.reindex(keys.index), keys
 
 
-# -----------------------------------------------------------------------------
-# and back: the user's own file as it was, with some cells of our own
+# ---- and back: the user's own file as it was, with some cells of our own
 
 def check_target(flag, path, source):
     """Before minutes of training: can a result be written to `path`, if there is one, without harm?"""
@@ -589,8 +545,7 @@ def check_target(flag, path, source):
     writable = os.access(folder, os.W_OK) and not os.path.isdir(path)
     is_source = os.path.exists(path) and os.path.exists(source) and os.path.samefile(path, source)
     if is_source or not writable or not path.endswith((".csv", ".csv.gz")):
-        fail(f"{flag} {path} cannot be written: it must be a .csv or .csv.gz, not the table itself, in a "
-             "folder that may be written to")
+        fail(f"{flag} {path} must be a .csv or .csv.gz, not the table itself, in a folder of yours")
 
 
 def replace_file(path, write):
@@ -606,31 +561,21 @@ def replace_file(path, write):
 
 
 def read_text(table, args):
-    """The file as it is written, a DataFrame of text, "" where a cell is empty; --regular: in the order
-    of time, with the rows that were absent."""
+    """The file as a DataFrame of text, "" where empty; --regular: by time, with the rows that were absent."""
     unlike = unlike_groups(table)
     if unlike:
-        fail(f"{args.data}: {unlike[0]!r} varies a thousand times more in one group than in another, and the "
-             "small one would be filled with noise of the large one: give each a file, or take logarithms")
-    if is_written(args):
-        text = read_raw(args, dtype=str, keep_default_na=False)
-    else:
-        frame = read_frame(args)
-        text = frame.astype(object).where(frame.notna(), "").astype(str)
+        fail(f"{args.data}: {unlike[0]!r} varies a thousand times more in some groups: give each a file")
+    text = read_raw(args, dtype=str, keep_default_na=False)
+    text = text.astype("string").fillna("")
     text.columns = list(table.kinds)
     if args.regular:
-        absent = table.order >= len(text)
+        absent = table.keys.index >= len(text)
         before = np.where(absent, 0, np.arange(len(absent)))
         before = np.maximum.accumulate(before)              # the last row of the file, in order of time
-        rows = new_rows(table, text, before[absent], table.axis.stamps[absent], args)
-        text = pd.concat([text, rows]).iloc[table.order]
-        table.order = np.arange(len(text))                  # from here on that is the file
+        rows = new_rows(table, text, before[absent], table.keys["time"][absent], args)
+        text = pd.concat([text, rows]).iloc[table.keys.index]
+        table.keys = table.keys.reset_index(drop=True)      # from here on that is the file
     return text
-
-
-def is_written(args):
-    """Is it a file of text, with a manner of its own?"""
-    return args.data not in SIMULATIONS and not args.data.endswith(".parquet")
 
 
 def scaled_numbers(table):
@@ -641,21 +586,18 @@ def scaled_numbers(table):
 
 def unlike_groups(table):
     """Columns that vary a thousand times more in one group than in another: the small one would drown."""
-    lengths = table.segments["all"].diff(dim=1).flatten()
-    group = np.repeat(np.arange(len(lengths)), lengths)
-    groups = scaled_numbers(table).iloc[:len(group)].groupby(group)
+    groups = scaled_numbers(table).groupby(table.keys["group"].to_numpy())
     spread = groups.max() - groups.min()                                        # (groups, N)
     unlike = spread.where(spread > 0).min() < 1e-3 * spread.max()
     return unlike.index[unlike].tolist()
 
 
-def spell(table, name, values, text, args, forecast=False):
-    """Scaled values or ids, (n,), as n texts in the manner of their column: with as many decimals, within
-    what it has been (a forecast: not below 0 where it never is), whole where it is whole; categories as it
-    spells them."""
+def spell(table, name, values, text, args, forecast):
+    """Scaled values or ids, (n,), as n texts as their column has them: with its decimals, within what it was
+    (a forecast: not below 0 where it never is), whole where it is whole; categories as it spells them."""
     schema = table.schema
     seen = table.observed[:, (schema.numeric + schema.categorical).index(name)].numpy()
-    own = text[name].iloc[table.order[seen]].str.strip()                        # the column's own cells
+    own = text[name].iloc[table.keys.index[seen]].str.strip()                   # the column's own cells
     if name in schema.categorical:
         ids = table.categorical[seen, schema.categorical.index(name)].numpy()
         return own.groupby(ids).first().reindex(values.numpy()).to_numpy()
@@ -678,13 +620,14 @@ def spell(table, name, values, text, args, forecast=False):
     return np.array([format(value, form).replace(".", args.decimal) for value in x], dtype=object)
 
 
-def write_cells(target, rows, name, said, table, text, args, forecast=False):
+def write_cells(target, rows, name, said, table, text, args):
     """Write the cells of a column into these rows of `target`, a DataFrame of text; return them as lines of
     --intervals. said (4, n): values, low ends, high ends and probabilities, see model.Prediction.interval."""
+    forecast = target is not text
     value, low, high = [spell(table, name, values, text, args, forecast) for values in said[:3]]
     target.iloc[rows, target.columns.get_loc(name)] = value
-    return pd.DataFrame({"row": rows, "column": name, "value": value, "low": low, "high": high,
-                         "probability": said[3].numpy().round(3)})
+    lines = pd.DataFrame({"row": rows, "column": name, "value": value, "low": low, "high": high})
+    return lines.assign(probability=said[3].numpy().round(3))
 
 
 def stamp_text(stamps, pattern, manner):
@@ -692,65 +635,62 @@ def stamp_text(stamps, pattern, manner):
     if pattern in ("s", "ms"):
         return ((stamps - pd.Timestamp(0)) // pd.Timedelta(1, pattern)).astype(str)
     if pattern in ("number", "elapsed"):
-        if pd.api.types.is_float_dtype(stamps):
+        if stamps.dtype.kind == "f":
             stamps = stamps.round(9).convert_dtypes()       # 2020.0 is 2020, and 20.099999999999998 is 20.1
         return stamps.astype(str)
     return stamps.dt.strftime(pattern).str.replace(*manner, regex=True)
 
 
 def new_rows(table, text, like, stamps, args):
-    """Rows of text in which only the time is filled in, by `stamps`, a Series, written as the file writes its
-    own, and the group, that of the rows `like` of the table."""
-    rows = text.iloc[table.order[like]].copy()
+    """Rows of text with the time alone, `stamps`, a Series, as the file writes it, and the group, as in the
+    rows `like` of the table."""
+    rows = text.iloc[table.keys.index[like]].copy()
     rows.loc[:, [name for name in text if table.kinds[name] != "group"]] = ""
     if has_row_names(text):
         rows.index = [""] * len(rows)                       # nobody has named them yet
-    axis = table.axis
-    known = axis.stamps.notna().to_numpy() & (table.order < len(text))
-    patterns = axis.pattern.rsplit(" ", len(axis.columns) - 1)
-    for name, pattern in zip(axis.columns, patterns if len(rows) else ()):
-        own = text[name].iloc[table.order[known]].str.strip().to_numpy()
+    if len(rows) == 0:
+        return rows
+    known = table.keys["time"].dropna()
+    known = known[known.index < len(text)]
+    patterns = table.pattern.rsplit(" ", len(table.time_columns) - 1)
+    for name, pattern in zip(table.time_columns, patterns):
+        own = text[name].iloc[known.index].str.strip().to_numpy()
         fitting = [manner for manner in MANNERS if pattern == "number"
-                   or (stamp_text(axis.stamps[known], pattern, manner) == own).all()]
+                   or (stamp_text(known, pattern, manner) == own).all()]
         if not fitting:
-            fail(f"{args.data}: {name} is read as {pattern!r} and not written so (such as {own[-1]!r}): new "
-                 "stamps would look otherwise; --time_format, or a column in one format")
+            fail(f"{args.data}: {name} is read as {pattern!r} and not written so (such as {own[-1]!r}): "
+                 "--time_format, or a column in one format")
         rows[name] = stamp_text(stamps, pattern, fitting[0]).to_numpy()
     return rows
 
 
 def has_row_names(text):
     """Where the header has a name less than there are columns pandas makes the first an index of text."""
-    return not pd.api.types.is_integer_dtype(text.index)
+    return text.index.dtype.kind != "i"
 
 
 def next_rows(table, text, steps, args):
-    """The rows that come next, `steps` for each sequence: a DataFrame of text in which only the time and the
-    group are filled in, and the clock, (sequences, steps, C)."""
+    """The `steps` rows that come next in each sequence, see new_rows; their clock (sequences, steps, C)."""
     stamps = []
-    for start, end in table.segments["all"].tolist():
-        own = table.axis.stamps.iloc[start:end]
-        step = time_step(own if len(own) > 1 else table.axis.stamps)
+    for _, own in table.keys["time"].groupby(table.keys["group"]):
+        step = time_step(own if len(own) > 1 else table.keys["time"])
         if step != step or own.nunique() < len(own) / 2:
-            fail(f"{args.data}: --forecast cannot go on from {' '.join(table.axis.columns)!r}, whose step is "
+            fail(f"{args.data}: --forecast cannot go on from {' '.join(table.time_columns)!r}, whose step is "
                  f"{step}: does another column tell sequences (--group_col) or hours (--time_col) apart?")
-        grid = time_grid(own.iloc[-1], None, steps + 1, step)
-        stamps.append(pd.Series(grid[1:]))
-    stamps = pd.concat(stamps, ignore_index=True)
+        stamps += [own.iloc[-1] + step * (ahead + 1) for ahead in range(steps)]
+    stamps = pd.Series(stamps)
     last = np.repeat(table.segments["all"][:, 1].numpy() - 1, steps)
     clock = time_features(stamps, table.schema.cycles, args)
     return new_rows(table, text, last, stamps, args), clock.unflatten(0, (-1, steps))
 
 
 def write_text(path, text, lines, args):
-    """A DataFrame of text, with the file's own header, separator and encoding, and its row names, if it has
-    some; and the lines of --intervals, DataFrames."""
-    options = {"index": False}
-    if is_written(args):
+    """A DataFrame of text as the file is written, and the lines of --intervals, DataFrames."""
+    options = {"index": has_row_names(text), "index_label": False, "sep": args.sep, "encoding": args.encoding}
+    if args.data not in SIMULATIONS and not args.data.endswith(".parquet"):
         # pandas renames columns that are called alike or not at all
-        header = read_raw(args, header=None, nrows=1, dtype=str, keep_default_na=False).iloc[0].tolist()
-        options = {"index": has_row_names(text), "index_label": False, "header": header,
-                   "sep": args.sep, "encoding": args.encoding}
+        header = read_raw(args, header=None, nrows=1, dtype=str, keep_default_na=False)
+        options["header"] = header.iloc[0].tolist()
     if path.endswith(".gz"):
         options["compression"] = "gzip"                     # the name ends in .tmp until all is on disk
     replace_file(path, lambda beside: text.to_csv(beside, **options))
@@ -760,14 +700,11 @@ def write_text(path, text, lines, args):
     print("wrote", path, args.intervals or "")
 
 
-# -----------------------------------------------------------------------------
-# two simulated tables, and a tiny one
+# ---- two simulated tables, and a tiny one
 
 def simulate_sensors(n_rows=40_000, seed=0):
-    """A pump station at one reading a second, with what real exports have: holes in runs, single dropouts, a
-    frozen sensor, a constant and an empty column, spikes, a sentinel, a category that appears late. The pump
-    affinity laws (flow ~ speed, head ~ speed^2, power ~ speed^3), first-order lags for heat, Markov switching
-    between modes."""
+    """A pump station at one reading a second, by the affinity laws of pumps (flow ~ speed, head ~ speed^2,
+    power ~ speed^3), first-order lags for heat and Markov switching between modes; see spoil."""
     rng = np.random.default_rng(seed)
     t = np.arange(n_rows)
 
@@ -817,7 +754,8 @@ def simulate_sensors(n_rows=40_000, seed=0):
 
 
 def spoil(frame, rng):
-    """What goes wrong on site; returns the same DataFrame with it."""
+    """The same DataFrame with what goes wrong on site: single dropouts and holes in runs, a frozen sensor,
+    spikes, a sentinel, a category that appears late."""
     n_rows = len(frame)
     for name in frame.columns.drop(["time", "line_frequency", "humidity"]):
         holes = rng.random(n_rows) < 0.005
@@ -835,9 +773,8 @@ def spoil(frame, rng):
 
 def simulate_planets(n_systems=3000, seed=0):
     """Two to five planets on Kepler's ellipses round a star, one sequence of 30 to 59 rows a system, each
-    with a step size of its own. x, y: place; m (1e-5 stars), a, e (times 20): mass, semi-major axis and
-    eccentricity, missing where there is no such planet. acceleration_x (_y) says whether the planets' x (y)
-    add up to more than 0."""
+    with its own step size. x, y: place; m (1e-5 stars), a, e (times 20): mass, semi-major axis, eccentricity,
+    missing where no planet is. acceleration_x (_y) says whether the planets' x (y) add up to more than 0."""
     rng = np.random.default_rng(seed)
     n = n_systems
     rows = rng.integers(30, 60, n)
@@ -885,8 +822,7 @@ SIMULATIONS = {"sensors": simulate_sensors, "planets": simulate_planets}
 GROUPS = {"planets": "idx"}             # the group column of a simulation, where it has one
 
 
-# -----------------------------------------------------------------------------
-# errors: sums first, means at the end
+# ---- errors: sums first, means at the end
 
 def add_errors(lines, kind, case, schema, targets, answers):
     """Append a DataFrame for each method, answers {name: (numbers, ids)}: the summed errors of each column in
@@ -904,8 +840,7 @@ def add_errors(lines, kind, case, schema, targets, answers):
 
 
 def mean_errors(errors, columns, measure, by):
-    """A line a method: the mean of a measure over the scored cells of these columns, for each value of `by`;
-    NaN where nothing was scored."""
+    """A line a method: means over the scored cells of these columns, for each value of `by`; NaN of none."""
     chosen = errors[errors["column"].isin(columns)]
     sums = chosen.groupby(["method", by])[[measure, "count"]].sum()
     means = (sums[measure] / sums["count"]).unstack(by)
@@ -941,8 +876,7 @@ def own_errors(errors, schema):
     return means.mul(scale, axis=0)
 
 
-# -----------------------------------------------------------------------------
-# pictures
+# ---- pictures
 
 COLORS = {"seen": "black", "truth": "black", "model": "#0072B2", "linear": "#E69F00", "last": "#009E73",
           "season": "#CC79A7", "mean": "#999999", "gauss": "#D55E00", "ar": "#D55E00", "val": "#0072B2",
@@ -973,28 +907,31 @@ def draw_lines(path, frame, xlabel, ylabel):
 
 
 def draw_windows(path, schema, batch, asked, guesses, band):
-    """Windows of a Batch in own units: what was seen, what was asked, (B, T, F) bool, {method: guesses (B, T,
-    N)}, and the model's band from low to high, (2, B, T, N). Columns called _x and _y are drawn in the plane,
-    without it; else the four columns of window 0 over rows that move and were asked for most."""
+    """Windows of a Batch in own units: what was seen, what was asked (B, T, F), guesses {method: (B, T, N)},
+    the model's band from low to high, (2, B, T, N). Columns called _x and _y are drawn in the plane, without
+    it; else the four columns of window 0 over rows that move and were asked for most."""
     names = schema.numeric
+    scale = torch.tensor(schema.scale)
+    center = torch.tensor(schema.center)
     observed = batch.observed[..., :len(names)]
     asked = asked[..., :len(names)] & observed
-    layers = {"seen": (batch.numeric, observed & ~asked), "truth": (batch.numeric, asked)}
-    layers.update({method: (numbers, asked) for method, numbers in guesses.items()})
+    layers = {"seen": batch.numeric.masked_fill(asked | ~observed, np.nan),     # NaN is not drawn
+              "truth": batch.numeric.masked_fill(~asked, np.nan)}
     planes = [(names.index(name[:-1] + "x"), j) for j, name in enumerate(names)
               if name.endswith("_y") and name[:-1] + "x" in names]
     if planes:                                              # the rivals would hide the orbits
-        layers = {name: layers[name] for name in ("seen", "truth", "model")}
+        guesses = {"model": guesses["model"]}
         panels = [(b, planes) for b in range(len(asked))]
         figure, axes = new_figure(path, 1, len(panels), (9, 3.2))
     else:
         spread = (batch.numeric[0].amax(dim=0) - batch.numeric[0].amin(dim=0)) * asked[0].sum(dim=0)    # (N,)
         panels = [(0, [(None, j)]) for j in spread.argsort(descending=True)[:4].tolist()]
         figure, axes = new_figure(path, max(1, len(panels)), 1, (9, 1 + 1.7 * len(panels)))
+    for method, numbers in guesses.items():
+        layers[method] = numbers.masked_fill(~asked, np.nan)
     for axis, (b, curves) in zip(axes, panels):
-        for method, (numbers, here) in layers.items():
-            own = numbers[b] * torch.tensor(schema.scale) + torch.tensor(schema.center)     # (T, N)
-            own = own.masked_fill(~here[b], np.nan)         # is not drawn
+        for method, numbers in layers.items():
+            own = numbers[b] * scale + center               # (T, N)
             for x, y in curves:
                 across = range(len(own)) if x is None else own[:, x]
                 axis.plot(across, own[:, y], MARKS.get(method, "x"), color=COLORS[method], ms=5, mfc="none",
@@ -1002,24 +939,22 @@ def draw_windows(path, schema, batch, asked, guesses, band):
         if planes:
             axis.set(aspect="equal")
         else:
-            low, high = band[:, b, :, y] * schema.scale[y] + schema.center[y]
+            low, high = band[:, b, :, y] * scale[y] + center[y]
             axis.fill_between(range(len(low)), low, high, asked[b, :, y], color=COLORS["model"], alpha=0.2)
             axis.set(ylabel=names[y].replace("$", r"\$"))                       # no TeX
-    if axes and panels:
-        figure.legend(*axes[0].get_legend_handles_labels(), ncols=6, loc="outside upper left", frameon=False)
     if figure:
+        figure.legend(*axes[0].get_legend_handles_labels(), ncols=6, loc="outside upper left", frameon=False)
         figure.savefig(path, dpi=120)
 
 
-# -----------------------------------------------------------------------------
-# flags
+# ---- flags
 
 def number(kind, low, high=2.0 ** 53, inside=False):
     """An argparse type: an int or a float from low to high (inside: without the ends)."""
     def parse(text):
         value = kind(text)
         if not low <= value <= high or inside and value in (low, high):
-            raise argparse.ArgumentTypeError(f"{text} is not {'inside' if inside else 'in'} {low} to {high}")
+            raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
         return value
     parse.__name__ = kind.__name__                          # "invalid int value: 'x'", says argparse
     return parse
@@ -1034,12 +969,12 @@ def make_parser(doc, script, source):
                                      formatter_class=Formatter, allow_abbrev=False)
     add = parser.add_argument
     add("--data", default=source, help=f".csv, .csv.gz, .parquet, or simulated: {', '.join(SIMULATIONS)}")
-    add("--sep", type=lambda text: text.replace("\\t", "\t"), default=",", help="between the cells of a .csv")
+    add("--sep", type=lambda text: text.replace("\\t", "\t"), default=",", help="between cells")
     add("--decimal", default=".", help="point or comma")
     add("--thousands", help="between groups of three digits")
     add("--encoding", default="utf-8", help="of a .csv")
-    add("--skiprows", type=int, nargs="+", help="lines of a .csv to leave out; the first is 0")
-    add("--na_values", nargs="+", default=[], help="more words and numbers that mean a missing cell")
+    add("--skiprows", type=int, nargs="+", help="lines to leave out; the first is 0")
+    add("--na_values", nargs="+", default=[], help="more words for a missing cell")
     add("--read_csv", choices=["--sep", "--decimal", "--skiprows", "--na_values"], help="is gone; use these")
     add("--time_col", nargs="+", default=[], help="to sort by; several are joined: Date Time")
     add("--time_format", help="such as '%%d.%%m.%%Y %%H:%%M' (None: found out)")
@@ -1052,7 +987,7 @@ def make_parser(doc, script, source):
     add("--split", type=number(float, 0), nargs=3, default=[0.7, 0.15, 0.15],
         help="train, val, test: fractions, or counts of rows in order of time (of groups, shuffled)")
     add("--clip", type=number(float, 0, inside=True), default=10.0,
-        help="what enters the network is cut to +- this, and what lies beyond is not asked for")
+        help="what enters the network is cut to +- this, and nothing beyond is asked for")
     add("--seq_len", type=number(int, 1), default=96, help="T, rows of a window")
     return parser
 
@@ -1078,11 +1013,11 @@ def add_loop_flags(add, script, max_steps):
     add("--device", default="auto", help="cpu, cuda, cuda:1, mps; auto: cuda if there is one")
     add("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"],
         help="of autocast; auto: bfloat16 on a GPU that has it")
-    add("--compile", action="store_true", help="torch.compile: a wait, then faster on a GPU")
+    add("--compile", action="store_true", help="a wait, then faster on a GPU")
     add("--seed", type=count, default=0, help="of weights, batches and masks")
-    add("--eval_every", type=size, default=100, help="steps between evaluations (and saves)")
+    add("--eval_every", type=size, default=100, help="steps between evaluations and saves")
     add("--eval_stride", type=size, help="rows between test windows (None: seq_len // 4)")
-    add("--intervals", metavar="FILE", help="to this .csv a line a cell that is filled or forecast: how sure")
+    add("--intervals", metavar="FILE", help="a .csv: how sure is each cell that is written?")
     add("--coverage", type=number(float, 0, 1, inside=True), default=0.9, help="of intervals")
     add("--log_every", type=size, default=10, help="steps between log lines")
     add("--out_dir", default=f"out/{script}", help="for checkpoints, tables and pictures")
@@ -1134,14 +1069,12 @@ def pick_device(args):
     return torch.device(name), getattr(torch, dtype)
 
 
-# -----------------------------------------------------------------------------
-# what this file prints when run by itself
+# ---- what this file prints when run by itself
 
 def tiny_batch():
-    """The tiny table as a Table whose rows are all train rows, and its two sequences as one Batch: what this
-    file, masking.py and model.py print when run by themselves."""
-    args = make_parser(None, "data", "the tiny table").parse_args(["--group_col", "room", "--seq_len", "2"])
-    args.split = [2, 1, 1]
+    """The tiny table as a Table, all for training, and as one Batch: what three files print by themselves."""
+    flags = "--group_col room --seq_len 2 --split 2 1 1".split()
+    args = make_parser(None, "data", "the tiny table").parse_args(flags)
     table = load_table(args, tiny_table())
     table.seq_len = 6
     table.segments["train"] = table.segments["all"]
@@ -1183,16 +1116,10 @@ def default_span(table):
 
 def absent_steps(table):
     """How many steps of time have no row, and how many rows have the stamp of another."""
-    missing = 0
-    repeated = 0
-    for start, end in table.segments["all"].tolist():
-        own = table.axis.stamps.iloc[start:end]
-        distinct = own.nunique()
-        if distinct > 1:
-            steps = len(time_grid(own.min(), own.max(), None, time_step(own)))
-            missing += max(0, steps - distinct)
-        repeated += len(own) - distinct
-    return missing, repeated
+    if not table.time_columns:
+        return 0, 0
+    known, every = even_keys(table.keys)
+    return max(0, len(every) - len(known)), table.keys["time"].count() - len(known)
 
 
 def find_hints(table, args):
@@ -1206,17 +1133,16 @@ def find_hints(table, args):
         hints.append(f"the same stamps again and again: a long file (--group_col {label}, or pivot it), or "
                      "is the hour in another column (--time_col Date Hour)?")
     for name in schema.numeric:
-        if re.search(NAMED_TIME, name) and not table.axis.columns and not args.group_col:
+        if re.search(NAMED_TIME, name) and not table.time_columns and not args.group_col:
             hints.append(f"{name} is taken for a number: is it the time? --time_col {name}")
     numbers = scaled_numbers(table)[::1 + len(table.observed) // 100_000]
     numbers = numbers * schema.scale + schema.center
-    for sign in (1, -1):                                    # the smallest of each column, then the largest
-        numbers = sign * numbers
-        low = numbers.min()
-        others = numbers[numbers > low + 1e-6]
-        far = (others.min() - low > others.max() - others.min()) & (others.nunique() > 10)
-        far &= (numbers == low).sum() >= 5
-        for value, count in (sign * low[far]).map("{:g}".format).value_counts().items():
+    for edge in (numbers.min(), numbers.max()):             # of each column
+        off = (numbers - edge).abs()
+        others = off[off > 1e-6]
+        far = (2 * others.min() > others.max()) & (others.nunique() > 10)       # beyond a gap, from many,
+        far &= (off == 0).sum() >= 5                        # and often
+        for value, count in edge[far].map("{:g}".format).value_counts().items():
             hints.append(f"{value} comes again and again, far from all else, in {count} column(s): missing? "
                          f"--na_values {value}")
     for name in unlike_groups(table)[:1]:
@@ -1236,7 +1162,7 @@ def find_hints(table, args):
 def describe(table, args):
     """Print what was understood, in at most 30 lines."""
     schema = table.schema
-    axis = table.axis
+    stamps = table.keys["time"]
     holes, runs = hole_runs(table)
     numbers = scaled_numbers(table).agg(["min", "mean", "max"]) * schema.scale + schema.center
     lines = pd.DataFrame(index=schema.numeric + schema.categorical)
@@ -1249,10 +1175,10 @@ def describe(table, args):
     print(lines.to_string(max_rows=14, max_colwidth=70))
     others = {name: kind for name, kind in table.kinds.items() if name not in lines.index}
     print("other columns:", others or "none")
-    if axis.columns:
+    if table.time_columns:
         absent, repeated = absent_steps(table)
-        print(f"time: {' '.join(axis.columns)} as {axis.pattern}, {axis.stamps.min()} to "
-              f"{axis.stamps.max()}, step {time_step(axis.stamps)}, {absent:,} absent, {repeated:,} repeated")
+        print(f"time: {' '.join(table.time_columns)} as {table.pattern}, {stamps.min()} to {stamps.max()}, "
+              f"step {time_step(stamps)}, {absent:,} absent, {repeated:,} repeated")
     for split in ("train", "val", "test"):
         segments = table.segments[split]
         print(f"{split}: {int(segments.diff(dim=1).sum()):,} rows, {len(segments)} sequence(s), "

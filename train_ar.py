@@ -103,7 +103,7 @@ def rollout_windows(table, split, args):
     """Windows of a split that begin with the rows given, as in Table.starts, and how many rows come after
     those, (n,). Where time is split the given ones may lie before the split, what is asked never does."""
     windows = table.starts(split, args.eval_stride)
-    if table.split_by_time:                                 # then the split begins seq_len rows early
+    if len(table.segments["all"]) < 3:                      # then the split begins seq_len rows early
         windows = windows + torch.tensor([table.seq_len - args.given, 0])
     length = windows[:, 1] - windows[:, 0]
     return windows, length.clamp(max=table.seq_len) - args.given
@@ -156,7 +156,7 @@ def prepare(table, args):
     """What no flag can know alone, and what must not go wrong after minutes of training. Returns the rows to
     come, without their values, and their clock; or None."""
     if args.base is None:
-        args.base = "closed" if table.split_by_time else "last"
+        args.base = "closed" if len(table.segments["all"]) < 3 else "last"
     if (args.season or 1) > args.given:
         fail(f"--season {args.season} looks back further than a roll-out's --given {args.given} rows")
     if bool(args.forecast) != bool(args.to) or args.intervals and args.to in (None, args.intervals):
@@ -262,7 +262,7 @@ def write_result(model, table, prepared, errors, factor, args):
     for j, name in enumerate(table.schema.numeric + table.schema.categorical):
         here = there[:, j].nonzero()[:, 0].numpy()
         if len(here):
-            lines.append(write_cells(rows, here, name, said[:, here, j], table, text, args, forecast=True))
+            lines.append(write_cells(rows, here, name, said[:, here, j], table, text, args))
     write_text(args.to, rows, lines, args)
 
 

@@ -181,12 +181,12 @@ def write_result(model, table, text, errors, factor, args):
     filled = pd.DataFrame(columns=["cells", "model", "linear"])
     lines = []
     for j, name in enumerate(schema.numeric + schema.categorical):
-        holes = (~table.observed[:placed, j]).nonzero()[:, 0]
+        gaps = (~table.observed[:placed, j]).nonzero()[:, 0].numpy()
         if not schema.learnt[j]:
             print(f"{name} is left empty: the train rows have no value of it")
-        elif len(holes):
-            lines.append(write_cells(text, table.order[holes], name, said[:, holes, j], table, text, args))
-            filled.loc[name] = [len(holes), *test.loc[name, ["model", "linear"]]]
+        elif len(gaps):
+            lines.append(write_cells(text, table.keys.index[gaps], name, said[:, gaps, j], table, text, args))
+            filled.loc[name] = [len(gaps), *test.loc[name, ["model", "linear"]]]
     print_table("filled cells, and the mean error on test of runs as long as the holes, own units", filled)
     unknown = filled.index[filled["model"].isna()]
     if len(unknown):
