@@ -256,14 +256,14 @@ def split_rows(lengths, args, schema=None):
     else:
         ends = np.array([[0, *split_ends(n, "rows", args)] for n in lengths])
         ends = torch.from_numpy(ends) + whole[:, :1]                            # (groups, 4)
-        segments = {"train": ends[:, :2], "val": ends[:, 1:3].clone(), "test": ends[:, 2:].clone()}
+        segments = {"train": ends[:, 0:2], "val": ends[:, 1:3], "test": ends[:, 2:4]}
     seq_len = args.seq_len
     if not schema:                                          # a checkpoint has its own T
         seq_len = min(seq_len, int(segments["train"].diff(dim=1).max()))
     if len(lengths) <= 2:
+        early = torch.tensor([seq_len, 0])
         for name in ("val", "test"):
-            start = segments[name][:, 0]
-            start.copy_(torch.maximum(start - seq_len, whole[:, 0]))
+            segments[name] = torch.maximum(segments[name] - early, whole[:, :1])
     segments["all"] = whole
     return seq_len, segments
 

@@ -748,7 +748,7 @@ def test_below_the_marker_the_two_scripts_are_one():
 
 @pytest.mark.parametrize("name,lines,characters,tokens", [
     ("data.py", 1197, 47, 12.7), ("masking.py", 344, 42, 12.5), ("model.py", 384, 43, 12.6),
-    ("train_mlm.py", 452, 48, 12), ("train_ar.py", 520, 47.5, 12.5)])
+    ("train_mlm.py", 453, 48, 12), ("train_ar.py", 520, 47.5, 12.5)])
 def test_the_files_stay_small_and_plain(name, lines, characters, tokens):
     """Lines of the file; characters and tokens a line of code; lines of a function."""
     source = (ROOT / name).read_text()

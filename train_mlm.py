@@ -185,7 +185,8 @@ def write_result(model, table, text, errors, factor, args):
         if not schema.learnt[j]:
             print(f"{name} is left empty: the train rows have no value of it")
         elif len(gaps):
-            lines.append(write_cells(text, table.keys.index[gaps], name, said[:, gaps, j], table, text, args))
+            rows = table.keys.index[gaps]                   # of the file
+            lines.append(write_cells(text, rows, name, said[:, gaps, j], table, text, args))
             filled.loc[name] = [len(gaps), *test.loc[name, ["model", "linear"]]]
     print_table("filled cells, and the mean error on test of runs as long as the holes, own units", filled)
     unknown = filled.index[filled["model"].isna()]
