@@ -75,6 +75,7 @@ class Table:
     seq_len: int                # T
     segments: dict              # split -> (S, 2) int64, [start, end) rows of S sequences that may be read;
                                 # "all" -> every sequence whole
+    unlike: dict                # numeric column -> how many times more it varies in one group than in another
 
     def starts(self, split, stride):
         """Windows every `stride` rows, and a last one flush with the end, so that no row of the split is left
@@ -142,7 +143,7 @@ def load_table(args, frame=None, schema=None):
     return Table(schema=schema, numeric=numeric, categorical=categorical, observed=observed,
                  clock=time_features(keys["time"], schema.cycles, args), time=median_steps(keys),
                  keys=keys, time_columns=columns, pattern=pattern, kinds=kinds, seq_len=seq_len,
-                 segments=segments)
+                 segments=segments, unlike=compare_groups(frame, keys, schema, args))
 
 
 def encode(frame, schema, args):
@@ -525,6 +526,16 @@ def even_keys(keys):
     return known, pd.concat(every)
 
 
+def compare_groups(frame, keys, schema, args):
+    """{numeric column: how many times more it varies in one group than in another}."""
+    ratios = {}
+    for name in schema.numeric:
+        groups = pd.Series(read_numbers(frame[name], args)).groupby(keys["group"].to_numpy())
+        spread = groups.max() - groups.min()                # in float64: a small group is not rounded away
+        ratios[name] = spread.max() / spread[spread > 0].min()
+    return ratios
+
+
 def insert_absent_rows(frame, keys, args):
     """--regular: the same with a row of holes at the end for each step of time that is not there."""
     known, every = even_keys(keys)
@@ -562,9 +573,9 @@ def replace_file(path, write):
 
 def read_text(table, args):
     """The file as a DataFrame of text, "" where empty; --regular: by time, with the rows that were absent."""
-    unlike = unlike_groups(table)
-    if unlike:
-        fail(f"{args.data}: {unlike[0]!r} varies a thousand times more in some groups: give each a file")
+    for name, ratio in table.unlike.items():
+        if ratio > 1000:                                    # the small ones would drown
+            fail(f"{args.data}: {name!r} varies a thousand times more in some groups: give each a file")
     text = read_raw(args, dtype=str, keep_default_na=False)
     text = text.astype("string").fillna("")
     text.columns = list(table.kinds)
@@ -582,14 +593,6 @@ def scaled_numbers(table):
     """The numeric columns as a DataFrame, NaN where there is no value."""
     missing = ~table.observed[:, :len(table.schema.numeric)]
     return pd.DataFrame(table.numeric.masked_fill(missing, np.nan).numpy(), columns=table.schema.numeric)
-
-
-def unlike_groups(table):
-    """Columns that vary a thousand times more in one group than in another: the small one would drown."""
-    groups = scaled_numbers(table).groupby(table.keys["group"].to_numpy())
-    spread = groups.max() - groups.min()                                        # (groups, N)
-    unlike = spread.where(spread > 0).min() < 1e-3 * spread.max()
-    return unlike.index[unlike].tolist()
 
 
 def spell(table, name, values, text, args, forecast):
@@ -1127,13 +1130,14 @@ def find_hints(table, args):
     schema = table.schema
     hints = []
     absent, repeated = absent_steps(table)
+    grouped = "group" in table.kinds.values()
     few = [name for name, words in zip(schema.categorical, schema.vocabulary) if 1 < len(words) <= 50]
-    if repeated > len(table.observed) / 2 and not args.group_col:
+    if repeated > len(table.observed) / 2 and not grouped:
         label = (few or ["NAME"])[0]
         hints.append(f"the same stamps again and again: a long file (--group_col {label}, or pivot it), or "
                      "is the hour in another column (--time_col Date Hour)?")
     for name in schema.numeric:
-        if re.search(NAMED_TIME, name) and not table.time_columns and not args.group_col:
+        if re.search(NAMED_TIME, name) and not table.time_columns and not grouped:
             hints.append(f"{name} is taken for a number: is it the time? --time_col {name}")
     numbers = scaled_numbers(table)[::1 + len(table.observed) // 100_000]
     numbers = numbers * schema.scale + schema.center
@@ -1145,8 +1149,9 @@ def find_hints(table, args):
         for value, count in edge[far].map("{:g}".format).value_counts().items():
             hints.append(f"{value} comes again and again, far from all else, in {count} column(s): missing? "
                          f"--na_values {value}")
-    for name in unlike_groups(table)[:1]:
-        hints.append(f"groups of very different size in {name}: fill each by itself, or logarithms")
+    for name, ratio in table.unlike.items():
+        if ratio > 30:
+            hints.append(f"{name} varies {ratio:.0f} times more in some groups: give each a file?")
     for name, words in zip(schema.categorical, schema.vocabulary):
         digits = pd.Series(words, dtype=str).str.fullmatch(r"\D{0,2}\d[\d.,'\s]*\D?")
         if len(words) > 20 and digits.mean() > 0.9 and name not in args.categorical_cols:

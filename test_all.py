@@ -747,7 +747,7 @@ def test_below_the_marker_the_two_scripts_are_one():
     assert own == {name for name in common if ours[name] != theirs[name]}
 
 @pytest.mark.parametrize("name,lines,characters,tokens", [
-    ("data.py", 1197, 47, 12.7), ("masking.py", 344, 42, 12.5), ("model.py", 384, 43, 12.6),
+    ("data.py", 1202, 47, 12.7), ("masking.py", 344, 42, 12.5), ("model.py", 384, 43, 12.6),
     ("train_mlm.py", 453, 48, 12), ("train_ar.py", 520, 47.5, 12.5)])
 def test_the_files_stay_small_and_plain(name, lines, characters, tokens):
     """Lines of the file; characters and tokens a line of code; lines of a function."""
@@ -1015,8 +1015,9 @@ def test_hints_name_their_flag_and_unlike_groups_are_not_filled(tmp_path, capsys
     spoilt = pd.DataFrame(rng.normal(50, 3, (200, 3)), columns=list("abc"))
     assert "--na_values -200" in hints(spoilt.mask(rng.random((200, 3)) < 0.1, -200)) and hints(spoilt) == ""
     unlike = pd.DataFrame({"g": np.repeat(list("abcd"), 60), "x": rng.uniform(1, 2, 240)})
-    unlike["x"] *= np.where(unlike["g"] == "d", 1, 1e6)
-    assert "x" in hints(unlike, "--group_col g")
+    for times in (100, 1e6):                                # named; and refused where it would be noise
+        unlike["x"] *= np.where(unlike["g"] == "d", 1, times)
+        assert "x" in hints(unlike, "--group_col g")
     refused(lambda: fill(unlike, tmp_path, "--group_col g"), capsys, "'x' / group")
 
 def test_parquet_is_filled_into_a_csv(tmp_path):
