@@ -25,7 +25,8 @@ from pandas.tseries.api import guess_datetime_format
 SENTINEL = 1e30                     # files write "no reading" as -1.18e42; nothing we measure is that big
 MAX_CATEGORIES = 1000               # a text column with more distinct values than this is an identifier
 CYCLES = {"day": 86_400, "week": 604_800, "year": 365.25 * 86_400}      # in seconds: the hands of the clock
-MASK_ID, UNK_ID = 0, 1              # reserved in every categorical column; its own values start at 2
+NO_ID = 0                           # of a missing category ...
+UNK_ID = 1                          # ... and of one that the train rows do not have; their own start at 2
 
 
 class Batch(NamedTuple):
@@ -67,10 +68,10 @@ class Table:
     observed: torch.Tensor      # (rows, F) bool
     clock: torch.Tensor         # (rows, C) float32
     time: torch.Tensor          # (rows,) float64, in median steps
-    keys: pd.DataFrame          # (rows,) "group" and "time" of each row; index: which row of the file it was,
-                                # beyond its end: of --regular. Rows without a time come last, are of no group
+    keys: pd.DataFrame          # (rows,) "group" and "time" of each row. Its index is the row of the file;
+                                # numbers beyond its end are rows that --regular inserts
     time_columns: list          # of the file
-    pattern: str                # for strftime; "s" or "ms": since 1970; "number": as it is; "elapsed": 37:15
+    pattern: str                # for strftime; "s" or "ms": since 1970; "elapsed": 37:15; or "as it is"
     kinds: dict                 # column of the file -> what it was taken for
     seq_len: int                # T
     segments: dict              # split -> (S, 2) int64, [start, end) rows of S sequences that may be read;
@@ -90,18 +91,18 @@ class Table:
     def sample(self, split, batch_size, generator):
         """Windows at any offset, each equally likely: (batch_size, 2), as in `starts`."""
         start, end = self.segments[split].unbind(1)                             # (S,) each
-        offsets = (end - start - self.seq_len + 1).clamp(min=1)                 # a short sequence has one
-        # number all offsets of all sequences, one after the other, and draw among the numbers
-        before = offsets.cumsum(0) - offsets
-        u = torch.randint(int(offsets.sum()), (batch_size,), generator=generator)
-        sequence = torch.searchsorted(before, u, right=True) - 1                # (B,)
-        return torch.stack([start[sequence] + u - before[sequence], end[sequence]], dim=1)
+        n_offsets = (end - start - self.seq_len + 1).clamp(min=1)               # a short sequence has one
+        # number the offsets of all sequences, one after the other, and draw among the numbers
+        before = n_offsets.cumsum(0) - n_offsets
+        number = torch.randint(int(n_offsets.sum()), (batch_size,), generator=generator)
+        sequence = torch.searchsorted(before, number, right=True) - 1           # (B,)
+        return torch.stack([start[sequence] + number - before[sequence], end[sequence]], dim=1)
 
     def batch(self, windows):
         """(B, 2) windows of `starts` or `sample` -> Batch, padded on the right where a sequence ends."""
         rows = windows[:, :1] + torch.arange(self.seq_len)                      # (B, T)
         valid = rows < windows[:, 1:]
-        rows = torch.minimum(rows, windows[:, 1:] - 1)                          # padding: zeroed below
+        rows = torch.minimum(rows, windows[:, 1:] - 1)              # padding: zeroed below, but for its time
         real = valid[..., None]                                                 # (B, T, 1)
         time = self.time[rows]
         return Batch(numeric=self.numeric[rows] * real,
@@ -124,11 +125,12 @@ def load_table(args, frame=None, schema=None):
     for name in kinds:
         if kinds[name] == "group":
             keys["group"] = labels(frame[name]).fillna("")
+    # rows without a time are of no group: they come last, and belong to no sequence
     keys["group"] = keys["group"].where(keys["time"].notna())
     if args.regular:
         frame, keys = insert_absent_rows(frame, keys, args)
-    keys = keys.sort_values(["group", "time"], kind="stable")       # equal times keep their order
-    if not keys.index.is_monotonic_increasing:              # a big table need not be held twice
+    keys = keys.sort_values(["group", "time"])              # equal times keep their order
+    if not keys.index.is_monotonic_increasing:              # one in order need not be copied
         frame = frame.iloc[keys.index]
     lengths = keys["group"].value_counts(sort=False).to_numpy()
     if len(lengths) == 0:
@@ -166,7 +168,7 @@ def encode(frame, schema, args):
         text = labels(frame[name])
         observed[:, N + k] = text.notna()
         code = pd.Index(schema.vocabulary[k], dtype="str").get_indexer(text)    # -1: not in train, UNK_ID
-        categorical[:, k] = np.where(text.notna(), code + 2, MASK_ID)
+        categorical[:, k] = np.where(text.notna(), code + 2, NO_ID)
     return torch.from_numpy(numeric), torch.from_numpy(categorical), torch.from_numpy(observed)
 
 
@@ -467,12 +469,12 @@ def read_time(frame, kinds, args):
     if not columns:                                         # the number of the row; a blank row has none
         number = pd.Series(np.arange(len(frame), dtype=float), frame.index)
         blank = frame.isna().all(axis=1) & (frame.shape[1] > 1)
-        return [], "number", number.mask(blank)
+        return [], "as it is", number.mask(blank)
     first = frame[columns[0]]
     if len(columns) == 1 and is_datetime64_any_dtype(first):
-        return columns, "number", first                     # is written as pandas does
+        return columns, "as it is", first                     # is written as pandas does
     if len(columns) == 1 and is_numeric_dtype(first) and not looks_like_time(first):
-        return columns, "number", pd.Series(read_numbers(first, args), first.index)
+        return columns, "as it is", pd.Series(read_numbers(first, args), first.index)
     pattern, stamps = read_columns(frame, columns, args)
     if pattern is None and not args.time_col:               # a date and a date of installation make no time
         kinds.update(dict.fromkeys(columns[1:], SECOND_TIME))
@@ -623,10 +625,9 @@ def spell(table, name, values, text, args, forecast):
     return np.array([format(value, form).replace(".", args.decimal) for value in x], dtype=object)
 
 
-def write_cells(target, rows, name, said, table, text, args):
+def write_cells(target, rows, name, said, table, text, args, forecast=False):
     """Write the cells of a column into these rows of `target`, a DataFrame of text; return them as lines of
     --intervals. said (4, n): values, low ends, high ends and probabilities, see model.Prediction.interval."""
-    forecast = target is not text
     value, low, high = [spell(table, name, values, text, args, forecast) for values in said[:3]]
     target.iloc[rows, target.columns.get_loc(name)] = value
     lines = pd.DataFrame({"row": rows, "column": name, "value": value, "low": low, "high": high})
@@ -637,7 +638,7 @@ def stamp_text(stamps, pattern, manner):
     """Stamps, a Series, as a Series of text."""
     if pattern in ("s", "ms"):
         return ((stamps - pd.Timestamp(0)) // pd.Timedelta(1, pattern)).astype(str)
-    if pattern in ("number", "elapsed"):
+    if pattern in ("as it is", "elapsed"):
         if stamps.dtype.kind == "f":
             stamps = stamps.round(9).convert_dtypes()       # 2020.0 is 2020, and 20.099999999999998 is 20.1
         return stamps.astype(str)
@@ -658,7 +659,7 @@ def new_rows(table, text, like, stamps, args):
     patterns = table.pattern.rsplit(" ", len(table.time_columns) - 1)
     for name, pattern in zip(table.time_columns, patterns):
         own = text[name].iloc[known.index].str.strip().to_numpy()
-        fitting = [manner for manner in MANNERS if pattern == "number"
+        fitting = [manner for manner in MANNERS if pattern == "as it is"
                    or (stamp_text(known, pattern, manner) == own).all()]
         if not fitting:
             fail(f"{args.data}: {name} is read as {pattern!r} and not written so (such as {own[-1]!r}): "
@@ -1075,7 +1076,8 @@ def pick_device(args):
 # ---- what this file prints when run by itself
 
 def tiny_batch():
-    """The tiny table as a Table, all for training, and as one Batch: what three files print by themselves."""
+    """The tiny table as a Table, scaled by two rows of each room, and all of it as one Batch: what this file,
+    masking.py and model.py print."""
     flags = "--group_col room --seq_len 2 --split 2 1 1".split()
     args = make_parser(None, "data", "the tiny table").parse_args(flags)
     table = load_table(args, tiny_table())
@@ -1182,7 +1184,7 @@ def describe(table, args):
     print("other columns:", others or "none")
     if table.time_columns:
         absent, repeated = absent_steps(table)
-        print(f"time: {' '.join(table.time_columns)} as {table.pattern}, {stamps.min()} to {stamps.max()}, "
+        print(f"time: {' '.join(table.time_columns)} ({table.pattern}), {stamps.min()} to {stamps.max()}, "
               f"step {time_step(stamps)}, {absent:,} absent, {repeated:,} repeated")
     for split in ("train", "val", "test"):
         segments = table.segments[split]

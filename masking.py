@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from data import UNK_ID, show, step_generator, tiny_batch
+from data import UNK_ID, Batch, show, step_generator, tiny_batch
 
 MOST_CELLS = 1600   # of a window, for the closed forms: their matrix has that many squared
 REACH = 10.0        # standard deviations; what is further out tells nothing about its neighbours
@@ -25,10 +25,10 @@ REACH = 10.0        # standard deviations; what is further out tells nothing abo
 
 class Inputs(NamedTuple):
     """What the model sees of a batch. Nothing that is hidden is in here: whoever copies it cannot leak."""
-    numeric: torch.Tensor           # (B, T, N) float32, the value where known, the base elsewhere
+    numeric: torch.Tensor           # (B, T, N) float32, the value where known, else a guess from known ones
     categorical: torch.Tensor       # (B, T, K) int64, the same for ids; 0 = nothing to guess from
     known: torch.Tensor             # (B, T, F) bool, True = a value of the table, False = [MASK]
-    base: torch.Tensor              # (B, T, N) float32, the guess that the numeric head corrects
+    base: torch.Tensor              # (B, T, N) float32, what the head corrects; causal: of the next row
     deviation: torch.Tensor | None  # (B, T, N) float32, how far off a closed form takes its base to be
     clock: torch.Tensor             # (B, T, C) float32
     attend: torch.Tensor | None     # (B, 1, T, T) bool, True = may look; None = no mask is needed
@@ -62,19 +62,11 @@ def scorable(batch):
     return batch.observed & F.pad(known_class, (N, 0), value=True)
 
 
-def within_clip(targets, base, clip):
-    """Targets without numbers beyond the clip, or whose base (B, T, N) is: the network sees them clipped."""
-    K = targets.categorical.shape[-1]
-    farther = torch.maximum(targets.numeric.abs(), base.abs())                  # (B, T, N)
-    inside = F.pad(farther <= clip, (0, K), value=True)                         # (B, T, F)
-    return targets._replace(score=targets.score & inside)
-
-
 def create_masks(observed, mask_prob, generator, span=1.0):
     """Which of the cells `observed` (B, T, F) to hide: `hidden` (B, T, F) bool, True = taken away. mask_prob:
     the share; span: the mean rows of a hidden run, as real holes come in runs (Zerveas 2021, section 3.3);
     floats, or (B, 1, 1). A column is a chain of two states, hidden or not; so are independent cells, whose
-    runs have 1 / (1 - mask_prob) rows, the least there is."""
+    runs have 1 / (1 - mask_prob) rows; shorter ones there are none."""
     p = torch.as_tensor(mask_prob)
     length = torch.maximum(torch.as_tensor(span), 1 / (1 - p))
     stay = 1 - 1 / length                       # a hidden cell is followed by another
@@ -88,26 +80,12 @@ def create_masks(observed, mask_prob, generator, span=1.0):
     return observed & hidden.gather(1, last_true(decided))
 
 
-def bert_style_masking(batch, hidden, generator, mask_share=0.8, random_share=0.1):
-    """Make 80 % of the hidden cells unknown, give 10 % another value of their column, leave 10 % as they are
-    (Devlin 2019, section 3.1). All are scored: a model that cannot tell which of the values it sees are true
-    must judge them all. Returns a Batch whose `observed` is what is shown, all of which counts as known."""
-    # ONE number a cell decides; whoever draws twice, "not masked", then "random", gets 80/2/18
-    u = torch.rand(hidden.shape, generator=generator)                           # (B, T, F)
-    kept = u >= mask_share + random_share
-    # the other value is that of a known cell of the column in the batch; where there is none, it is unknown
-    donors = (scorable(batch) & ~hidden).flatten(0, 1)                          # (B*T, F)
-    weights = (donors | ~donors.any(dim=0)).float().T       # (F, B*T); from no donor it must draw as well
-    lender = torch.multinomial(weights, len(donors), replacement=True, generator=generator).T
-    lends = donors.gather(0, lender).view_as(hidden)                            # (B, T, F)
-    random = hidden & (u >= mask_share) & ~kept & lends
-    cells = torch.cat([batch.numeric, batch.categorical.float()], dim=-1)       # (B, T, F)
-    lent = cells.flatten(0, 1).gather(0, lender)                                # (B*T, F)
-    cells = torch.where(random, lent.view_as(cells), cells)
-    shown = batch.observed & (~hidden | random | kept)                          # (B, T, F)
+def hide(batch, hidden):
+    """The Batch without the cells `hidden` (B, T, F): what is left is what is known."""
+    known = batch.observed & ~hidden
     N = batch.numeric.shape[-1]
-    ids = cells[..., N:].long()
-    return batch._replace(numeric=cells[..., :N], categorical=ids, observed=shown)
+    return batch._replace(numeric=batch.numeric * known[..., :N], observed=known,
+                          categorical=batch.categorical * known[..., N:])
 
 
 def get_mask_probability(step, total_steps, start, end):
@@ -117,7 +95,7 @@ def get_mask_probability(step, total_steps, start, end):
     return start * (1 - done) + end * done          # start + done * (end - start) can miss `end`
 
 
-# ---- what the model starts from: a known cell is its own base, and in a column without any it is 0
+# ---- what the model starts from: known cells, and guesses from them; 0 in a column without any
 
 def last_known(values, known):
     """The last known number or id at or before each cell, (B, T, ...); 0 where there is none."""
@@ -137,7 +115,7 @@ def neighbours(values, known, time):
     time = time[..., None].expand(known.shape)
     start = time.gather(1, before)                  # when these were
     length = time.gather(1, after) - start
-    way = (time - start) / length.clamp(min=1e-6)   # 0 where both are one cell, and then any way will do
+    way = (time - start) / length.clamp(min=1e-6)   # length 0: both are one cell, and any way will do
     values = torch.where(known, values, 0)
     return values.gather(1, before), values.gather(1, after), way
 
@@ -162,7 +140,7 @@ def padding_mask(valid):
 
 
 def causal_mask(T):
-    """(T, T) bool, True = the query (line) may look at the key (column): at itself and the past."""
+    """(T, T) bool, True = the query (line) may look at the key (column): what is_causal=True stands for."""
     return torch.ones(T, T, dtype=torch.bool).tril()
 
 
@@ -198,6 +176,36 @@ def create_inputs(batch, causal, closed_form=None):
 
 
 # ---- the rest can be skipped at first reading
+
+def within_clip(targets, base, clip):
+    """Targets without the scores of numbers that are beyond the clip, or whose base (B, T, N) is: the network
+    sees these clipped."""
+    K = targets.categorical.shape[-1]
+    farther = torch.maximum(targets.numeric.abs(), base.abs())                  # (B, T, N)
+    inside = F.pad(farther <= clip, (0, K), value=True)                         # (B, T, F)
+    return targets._replace(score=targets.score & inside)
+
+
+def bert_style_masking(batch, hidden, generator, mask_share=0.8, random_share=0.1):
+    """Make 80 % of the hidden cells unknown, give 10 % another value of their column, leave 10 % as they are
+    (Devlin 2019, section 3.1). All are scored: a model that cannot tell which of the values it sees are true
+    must judge them all. Returns the Batch that is shown, true or not."""
+    # ONE number a cell decides; whoever draws twice, "not masked", then "random", gets 80/2/18
+    u = torch.rand(hidden.shape, generator=generator)                           # (B, T, F)
+    kept = u >= mask_share + random_share
+    # the other value is that of a known cell of the column in the batch; where there is none, it is unknown
+    donors = (scorable(batch) & ~hidden).flatten(0, 1)                          # (B*T, F)
+    weights = (donors | ~donors.any(dim=0)).float().T       # (F, B*T); from no donor it must draw as well
+    lender = torch.multinomial(weights, len(donors), replacement=True, generator=generator).T
+    lends = donors.gather(0, lender).view_as(hidden)                            # (B, T, F)
+    random = hidden & (u >= mask_share) & ~kept & lends
+    cells = torch.cat([batch.numeric, batch.categorical.float()], dim=-1)       # (B, T, F)
+    lent = cells.flatten(0, 1).gather(0, lender)                                # (B*T, F)
+    cells = torch.where(random, lent.view_as(cells), cells)
+    N = batch.numeric.shape[-1]
+    batch = batch._replace(numeric=cells[..., :N], categorical=cells[..., N:].long())
+    return hide(batch, hidden & ~random & ~kept)
+
 
 # the closed forms: what a linear model of the train rows says
 
@@ -331,13 +339,14 @@ def jitter(batch, share, generator):
 if __name__ == "__main__":
     table, batch = tiny_batch()
     hidden = create_masks(scorable(batch), 0.3, step_generator(2))
-    known = batch._replace(observed=batch.observed & ~hidden)
+    shown = hide(batch, hidden)
     print("the batch: scaled values and ids, ? = missing in the file", show(table.schema, batch), sep="\n")
-    print("\nknown: what is left after hiding 30 %", show(table.schema, known), sep="\n")
+    print("\nshown: what is left after hiding 30 %", show(table.schema, shown), sep="\n")
     for causal in (False, True):
-        inputs = create_inputs(known, causal)
-        seen = batch._replace(numeric=inputs.numeric, categorical=inputs.categorical, observed=hidden | True)
-        print(f"\nwhat the model sees, causal={causal}: the base where nothing is known")
+        inputs = create_inputs(shown, causal)
+        everywhere = torch.ones_like(hidden)
+        seen = Batch(inputs.numeric, inputs.categorical, everywhere, batch.valid, batch.clock, batch.time)
+        print(f"\nwhat the model sees, causal={causal}: a guess where nothing is known")
         print(show(table.schema, seen))
     attend = create_attention_mask(batch.valid)
     print("\nwho may look at whom in window 1: a line a query, 1 = may look at this key")

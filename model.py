@@ -9,7 +9,7 @@ The transformer and its loss. One token is one row of the table.
     D    width of the residual stream           F    columns, N + K
     nh   heads                                  C    clock features, see data.time_features
     hs   head size, D / nh
-    V_k  ids of categorical column k: 0 = [MASK], 1 = [UNK], then its V_k - 2 own values, commonest first
+    V_k  ids of categorical column k: 0 = missing, 1 = [UNK], then its V_k - 2 own values, commonest first
 
     valid     (B, T)        True = a real row, False = padding
     observed  (B, T, F)     True = the table has a value here
@@ -30,8 +30,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from data import Batch, step_generator, tiny_batch
-from masking import Targets, create_inputs, create_masks, move
+from data import UNK_ID, Batch, step_generator, tiny_batch
+from masking import Targets, create_inputs, create_masks, hide, move
 
 PRIOR_LOGIT = 5.0       # lead of the base's category before anything is learned
 
@@ -90,7 +90,8 @@ class SelfAttention(nn.Module):
         k = apply_rotary(k, rotary)
         # fused, without the (T, T) weights (Dao 2022); a mask or is_causal, never both
         dropout = self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, attend, dropout, self.causal)    # (B, nh, T, hs)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=attend, dropout_p=dropout,
+                                           is_causal=self.causal)               # (B, nh, T, hs)
         y = y.transpose(1, 2).reshape(B, T, D)                                  # the heads side by side
         return self.proj(y)
 
@@ -116,8 +117,9 @@ class Block(nn.Module):
 
 class RowEmbedding(nn.Module):
     """A row is the sum of its cells and its clock. A number is its value times a vector of its column, plus
-    its step from the row before times another; a category is the vector of its id. Where nothing is known the
-    base stands in, and the [MASK] vector of the column says so."""
+    its step times another: from the row before, or, if a closed form guesses the next row, to that guess. A
+    category is the vector of its id. Where nothing is known a guess stands in, and the [MASK] vector of the
+    column says so."""
     def __init__(self, config):
         super().__init__()
         D = config.n_embd
@@ -125,7 +127,7 @@ class RowEmbedding(nn.Module):
         n_columns = config.n_numeric + len(sizes)
         self.numbers = nn.Linear(2 * config.n_numeric + n_columns + config.n_clock, D)
         # padding_idx keeps [UNK] at zero: a value never seen in training has taught us nothing
-        self.categories = nn.ModuleList(nn.Embedding(size, D, padding_idx=1) for size in sizes)
+        self.categories = nn.ModuleList(nn.Embedding(size, D, padding_idx=UNK_ID) for size in sizes)
 
     def forward(self, values, steps, ids, known, clock):
         masked = (~known).type_as(values)                                       # (B, T, F)
@@ -203,23 +205,24 @@ class TableTransformer(nn.Module):
             elif p.dim() == 2:
                 nn.init.normal_(p, std=0.02)
         for embedding in self.embed.categories:
-            nn.init.zeros_(embedding.weight[1])
+            nn.init.zeros_(embedding.weight[UNK_ID])        # normal_ has filled it
         self.n_params = sum(p.numel() for p in self.parameters())
 
     def forward(self, inputs):
         T, N = inputs.numeric.shape[1:]
-        guesses_next = self.config.causal and self.config.closed    # its base is no longer the last row
-        center = 0.0
-        spread = torch.ones_like(inputs.numeric)                                # (B, T, N)
+        numeric = inputs.numeric
+        center = torch.zeros_like(numeric)
+        spread = torch.ones_like(numeric)
         if not self.config.causal:      # the level of the window would tell a causal model about its future
-            center, spread = window_scale(inputs.numeric, inputs.known[..., :N])        # (B, 1, N) each
-        if guesses_next:                # absolute levels are learnt by heart: those above the mean so far
-            count = torch.arange(1, T + 1, device=spread.device)[:, None]       # (T, 1)
-            center = inputs.numeric.cumsum(dim=1) / count
-        values = (inputs.numeric - center) / spread                             # (B, T, N)
-        steps = F.pad(values.diff(dim=1), (0, 0, 1, 0))                         # the first is 0
-        if guesses_next:
-            steps = inputs.base - inputs.numeric
+            center, spread = window_scale(numeric, inputs.known[..., :N])       # (B, 1, N) each
+        elif self.config.closed:        # absolute levels are learnt by heart; what counts is the mean so far
+            count = torch.arange(1, T + 1, device=numeric.device)[:, None]      # (T, 1)
+            center = numeric.cumsum(dim=1) / count
+        values = (numeric - center) / spread                                    # (B, T, N)
+        if self.config.causal and self.config.closed:
+            steps = inputs.base - numeric                   # the one that the closed form takes
+        else:
+            steps = F.pad(values.diff(dim=1), (0, 0, 1, 0))                     # the first is 0
         clip = self.config.clip
         values = values.clamp(-clip, clip)
         steps = steps.clamp(-clip, clip)
@@ -227,7 +230,8 @@ class TableTransformer(nn.Module):
         for block in self.blocks:
             x = block(x, inputs.attend, self.rotary[:T])                        # (B, T, D)
         x = self.norm(x)
-        unit = spread if inputs.deviation is None else inputs.deviation         # of the corrections
+        # a correction of 1 is one spread, or as far as the closed form may be off: 0 where a cell is known
+        unit = spread if inputs.deviation is None else inputs.deviation
         correction = unit * self.numeric_head(x).float()                        # (B, T, N)
         # detached: nothing else is learnt for its sake, so to say how sure it is costs no accuracy
         log_scale = self.scale_head(x.detach()).float().clamp(-10, 10)
@@ -317,10 +321,10 @@ def explain_non_finite(model, examples, windows, names):
     yield "look at these rows; try a lower --lr or --clip, more --warmup_steps, --dtype float32; --resume"
 
 
-def over_heads(q, k, v, *options, attend=F.scaled_dot_product_attention):
+def over_heads(q, k, v, attend=F.scaled_dot_product_attention, **options):
     """The mistake: SDPA on (B, T, nh, hs). Each row attends over its own heads, and nothing complains."""
     swapped = [x.transpose(1, 2) for x in (q, k, v)]
-    return attend(*swapped, *options).transpose(1, 2)
+    return attend(*swapped, **options).transpose(1, 2)
 
 
 def find_leaks(causal, attention=F.scaled_dot_product_attention, T=12, N=3):
@@ -358,7 +362,7 @@ def print_shapes():
         # text=text keeps the one of this part: the hooks run when the loop is long over
         part.register_forward_hook(lambda _, __, y, text=text: print(text, tuple(y.shape)))
     hidden = create_masks(batch.observed, 0.3, step_generator(2))
-    inputs = create_inputs(batch._replace(observed=batch.observed & ~hidden), causal=False)
+    inputs = create_inputs(hide(batch, hidden), causal=False)
     prediction = model(inputs)
     print("untrained, the prediction is the base:", torch.equal(prediction.numeric, inputs.base))
     b, t, j = hidden[..., :N].nonzero()[0].tolist()

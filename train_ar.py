@@ -57,6 +57,7 @@ def get_parser():
     add("--forecast", type=size, help="rows to write at the end, those that come next in each sequence ...")
     add("--to", metavar="FILE", help="... to this .csv")
     add_loop_flags(add, SCRIPT, max_steps=2000)
+    parser.set_defaults(lr=3e-3)
     return parser
 
 
@@ -65,9 +66,10 @@ def get_parser():
 def objective(batch, args, generator, step=None, case=None):
     """data.Batch -> what is shown of it, a Batch whose `observed` is what is known, and what is asked,
     Targets. Every row is asked for the row after it. In training, without `case`, what is seen is noisy."""
-    if case is None and args.mixup:
+    training = case is None
+    if training and args.mixup:
         batch = mix_up(batch, args.mixup, generator)
-    shown = batch if case else jitter(batch, args.noise, generator)
+    shown = jitter(batch, args.noise, generator) if training else batch
     # the target of row t is row t + 1; the last row has none, and padding is not observed
     score = scorable(batch).roll(-1, dims=1)
     score[:, -1] = False
@@ -109,7 +111,7 @@ def rollout_windows(table, split, args):
     return windows, length.clamp(max=table.seq_len) - args.given
 
 
-def roll_out(model, table, split, steps, args):
+def judge_rollout(model, table, split, steps, args):
     """Three Batches, of the rows given, of the `steps` rows after them, and of what the model says of those;
     and how far off it is, (B, steps, F): |error|, 1 for a wrong category, NaN where there is no answer."""
     windows, rows_after = rollout_windows(table, split, args)
@@ -131,10 +133,11 @@ def fit_trust(model, table, args):
     base goes on alone. What is better for one row can be worse after twenty."""
     N = len(table.schema.numeric)
     errors = {}
-    for model.trust in (1.0, 0.75, 0.5, 0.25, 0.0):
-        *_, off = roll_out(model, table, "val", max(args.horizons), args)
+    for share in (1.0, 0.75, 0.5, 0.25, 0.0):
+        model.trust = share
+        *_, off = judge_rollout(model, table, "val", max(args.horizons), args)
         square = off[..., :N].clamp(max=args.clip).square()                     # no spike decides
-        errors[model.trust] = float(square.nanmean())
+        errors[share] = float(square.nanmean())
     model.trust = min(errors, key=errors.get)
     print(f"\nrolled out, {model.trust:.0%} of the model's correction is used, which val likes best")
 
@@ -143,7 +146,7 @@ def fit_horizons(model, table, steps, args):
     """How sure a roll-out is, from val, by rows ahead and column, two (steps, F): half the width within which
     --coverage of its numbers lie (Stankeviciute 2021), 0 for categories; and the chance that it is right."""
     N = len(table.schema.numeric)
-    *_, off = roll_out(model, table, "val", steps, args)
+    *_, off = judge_rollout(model, table, "val", steps, args)
     half = off.nanquantile(args.coverage, dim=0)
     half = torch.where(half.isnan(), math.inf, half)        # val has no such value: anything may come
     half[:, N:] = 0.0
@@ -189,7 +192,7 @@ def report_test(model, table, errors, factor, args):
         numbers = [name for name in numbers if name[-2:] in ("_x", "_y")]
     fit_trust(model, table, args)
     longest = max(args.horizons)
-    given, asked, ahead, off = roll_out(model, table, "test", longest, args)    # off (B, longest, F)
+    given, asked, ahead, off = judge_rollout(model, table, "test", longest, args)    # off (B, longest, F)
     answers = {"model": ahead}
     for name in baselines(given, args, model.closed_form):
         predict = lambda shown: baselines(shown, args, model.closed_form)[name]
@@ -203,10 +206,10 @@ def report_test(model, table, errors, factor, args):
         add_errors(lines, "rollout", i + 1, schema, truth, said)
     errors = pd.concat(lines)
     errors = errors[errors["column"].isin(numbers + schema.categorical)]
-    ahead = errors[errors["kind"] == "rollout"]
+    rollout = errors[errors["kind"] == "rollout"]
     next_row = print_errors("next row", errors[errors["kind"] == "next"], schema)
-    rolled = print_errors(f"rolled out from row {args.given}, rows ahead", ahead, schema, args.horizons)
-    curve = mean_errors(ahead, schema.numeric, "square", "case").T
+    rolled = print_errors(f"rolled out from row {args.given}, rows ahead", rollout, schema, args.horizons)
+    curve = mean_errors(rollout, schema.numeric, "square", "case").T
     draw_lines(f"{args.out_dir}/errors.png", curve, "rows ahead", "mean squared error, scaled")
     half, _ = fit_horizons(model, table, longest, args)
     inside = (off <= half).sum(dim=0) / off.isfinite().sum(dim=0)               # (longest, F)
@@ -262,7 +265,8 @@ def write_result(model, table, prepared, errors, factor, args):
     for j, name in enumerate(table.schema.numeric + table.schema.categorical):
         here = there[:, j].nonzero()[:, 0].numpy()
         if len(here):
-            lines.append(write_cells(rows, here, name, said[:, here, j], table, text, args))
+            cells = said[:, here, j]                        # (4, n)
+            lines.append(write_cells(rows, here, name, cells, table, text, args, forecast=True))
     write_text(args.to, rows, lines, args)
 
 
@@ -417,6 +421,11 @@ def main(argv=None):
         print(f"{args.data}: {len(table.observed)} rows, {raw.n_params:,} parameters, {device} {dtype}")
         for hint in find_hints(table, args):
             print("hint:", hint)
+    kept = checkpoint or {}
+    step = kept.get("step", 0)
+    best = kept.get("best", math.inf)
+    history = kept.get("history", [])
+    val = math.nan
 
     def save(name):
         state = {"script": SCRIPT, "args": vars(args), "schema": asdict(table.schema),
@@ -427,11 +436,6 @@ def main(argv=None):
         log = pd.DataFrame(history)
         replace_file(f"{args.out_dir}/log.csv", lambda path: log.to_csv(path, index=False))
 
-    kept = checkpoint or {}
-    step = kept.get("step", 0)
-    best = kept.get("best", math.inf)
-    history = kept.get("history", [])
-    val = math.nan
     start = time.perf_counter()
     while True:
         # evaluate and save

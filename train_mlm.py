@@ -29,8 +29,8 @@ from data import (Schema, add_errors, add_loop_flags, check_target, default_span
                   own_errors, parse, pick_device, print_errors, print_table, read_text, replace_file,
                   step_generator, write_cells, write_text)
 from masking import (Targets, bert_style_masking, create_masks, fit_closed_form, gaussian_fill,
-                     get_mask_probability, interpolate, last_known, mix_up, move, nearest_category, scorable,
-                     within_clip)
+                     get_mask_probability, hide, interpolate, last_known, mix_up, move, nearest_category,
+                     scorable, within_clip)
 from model import Config, TableTransformer, count_scored, explain_non_finite, sum_losses
 
 SCRIPT = "train_mlm"
@@ -87,7 +87,7 @@ def objective(batch, args, generator, step=None, case=None):
     rate, span = case or draw_case(len(batch.valid), step, args, generator)
     answerable = scorable(batch)                                                # (B, T, F)
     hidden = create_masks(answerable, rate, generator, span)
-    shown = batch._replace(observed=batch.observed & ~hidden)
+    shown = hide(batch, hidden)
     if training and args.mask_share < 1:
         shown = bert_style_masking(batch, hidden, generator, args.mask_share, args.random_share)
     score = hidden
@@ -352,6 +352,11 @@ def main(argv=None):
         print(f"{args.data}: {len(table.observed)} rows, {raw.n_params:,} parameters, {device} {dtype}")
         for hint in find_hints(table, args):
             print("hint:", hint)
+    kept = checkpoint or {}
+    step = kept.get("step", 0)
+    best = kept.get("best", math.inf)
+    history = kept.get("history", [])
+    val = math.nan
 
     def save(name):
         state = {"script": SCRIPT, "args": vars(args), "schema": asdict(table.schema),
@@ -362,11 +367,6 @@ def main(argv=None):
         log = pd.DataFrame(history)
         replace_file(f"{args.out_dir}/log.csv", lambda path: log.to_csv(path, index=False))
 
-    kept = checkpoint or {}
-    step = kept.get("step", 0)
-    best = kept.get("best", math.inf)
-    history = kept.get("history", [])
-    val = math.nan
     start = time.perf_counter()
     while True:
         # evaluate and save
