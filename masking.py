@@ -41,12 +41,6 @@ class Targets(NamedTuple):
     score: torch.Tensor             # (B, T, F) bool, True = this cell counts in the loss
 
 
-def move(tensors, device):
-    """Inputs or Targets -> the same on the device."""
-    moved = {name: x.to(device) for name, x in tensors._asdict().items() if x is not None}
-    return tensors._replace(**moved)
-
-
 # ---- what is hidden
 
 def last_true(mask):
@@ -176,6 +170,12 @@ def create_inputs(batch, causal, closed_form=None):
 
 
 # ---- the rest can be skipped at first reading
+
+def move(tensors, device):
+    """Inputs or Targets -> the same on the device."""
+    moved = {name: x.to(device) for name, x in tensors._asdict().items() if x is not None}
+    return tensors._replace(**moved)
+
 
 def within_clip(targets, base, clip):
     """Targets without the scores of numbers that are beyond the clip, or whose base (B, T, N) is: the network
