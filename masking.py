@@ -59,8 +59,8 @@ def scorable(batch):
 def create_masks(observed, mask_prob, generator, span=1.0):
     """Which of the cells `observed` (B, T, F) to hide: `hidden` (B, T, F) bool, True = taken away. mask_prob:
     the share; span: the mean rows of a hidden run, as real holes come in runs (Zerveas 2021, section 3.3);
-    floats, or (B, 1, 1). A column is a chain of two states, hidden or not; so are independent cells, whose
-    runs have 1 / (1 - mask_prob) rows; shorter ones there are none."""
+    floats, or (B, 1, 1). Each column is a chain of two states, hidden or not. Independent cells are such a
+    chain, too, that with the shortest runs: 1 / (1 - mask_prob) rows on average."""
     p = torch.as_tensor(mask_prob)
     length = torch.maximum(torch.as_tensor(span), 1 / (1 - p))
     stay = 1 - 1 / length                       # a hidden cell is followed by another
@@ -99,8 +99,8 @@ def last_known(values, known):
 
 
 def neighbours(values, known, time):
-    """The nearest known cells of the column at or before each cell and at or after it, and how far it is from
-    one to the other in time, 0 to 1: three (B, T, ...). A side without any is as the other; 0 if both are."""
+    """The nearest known cells of the column at or before each cell and at or after it, and where between them
+    it is in time, from 0 to 1: three (B, T, ...). A side without any is as the other; 0 if both are."""
     T = known.shape[1]
     before = last_true(known)                                                   # -1 where there is none
     after = T - 1 - last_true(known.flip(1)).flip(1)                            # T where there is none
