@@ -127,14 +127,14 @@ def load_table(args, frame=None, schema=None):
             keys["group"] = labels(frame[name]).fillna("")
     # rows without a time are of no group: they come last, and belong to no sequence
     keys["group"] = keys["group"].where(keys["time"].notna())
+    if keys["group"].isna().all():
+        fail(f"{args.data}: no row has a time in {' '.join(columns)!r} (--time_col)")
     if args.regular:
         frame, keys = insert_absent_rows(frame, keys, args)
     keys = keys.sort_values(["group", "time"])              # equal times keep their order
     if not keys.index.is_monotonic_increasing:              # one in order need not be copied
         frame = frame.iloc[keys.index]
     lengths = keys["group"].value_counts(sort=False).to_numpy()
-    if len(lengths) == 0:
-        fail(f"{args.data}: no row has a time in {' '.join(columns)!r} (--time_col)")
     seq_len, segments = split_rows(lengths, args, schema)
     is_train = np.zeros(len(frame), bool)                   # the rows that statistics may be taken from
     for start, end in segments["train"].tolist():
