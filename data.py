@@ -276,15 +276,16 @@ def split_rows(lengths, args, schema=None):
 MISSING = ["?", "-", "--", "n.a."]  # markers of a missing cell, beside those that pandas knows
 MONTH = r"(?i:jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec)[a-z]*"
 DATE_LIKE = "|".join([
-    r"^\d{4}[-/](?:\d|[QW]\d)|^\d{4}Q\d$",                      # 2024-12-31, 2024/12, 2024-W05, 2024Q1
+    r"^[12]\d{3}[-/](?:\d|[QW]\d)|^\d{4}Q\d$",                 # 2024-12-31, 2024/12, 2024-W05, 2024Q1
     r"^\d{4}\.\d{1,2}\.\d",                                     # 2024.12.31
     rf"^\d{{1,2}}[-/. ]+(?:\d{{1,2}}|{MONTH})[-/. ]+\d{{2}}",   # 31.12.24, 31. Dec 2024
     r"^\d{1,2}/\d{4}$",                                         # 12/2024
     rf"\b{MONTH}[-. ,]+(?:\d{{1,2}},? )?\d{{2}}(?:\d\d)?\b",    # Dec-24, Tuesday, Dec 31, 2024
     r"^(?:19|20)\d\d[01]\d[0-3]\d(?:T?\d{2,6})?$",              # 20241231, 202412311030
     r"^\d{1,2}:\d\d"])                                          # 10:30
-EPOCH = r"1\d{9}(?:\d{3})?(?:\.\d+)?"       # (milli)seconds since 1970; only where the name says time
-NAMED_TIME = r"(?i)time|date|stamp|epoch|year|datum|zeit"
+# (milli)seconds since 1970, or 202412: only where the name says time
+IF_NAMED = r"1\d{9}(?:\d{3})?(?:\.\d+)?|(?:19|20)\d\d(?:0[1-9]|1[0-2])"
+NAMED_TIME = r"(?i)time|date|stamp|epoch|year|month|datum|zeit"
 
 
 def read_raw(args, **options):
@@ -312,27 +313,32 @@ def read_raw(args, **options):
 
 
 def read_frame(args):
-    """The table as a DataFrame of at least one row. Columns that look like dates stay text."""
+    """The table as a DataFrame of at least one row. Columns that look like dates or codes stay text."""
     head = read_raw(args, dtype=str, nrows=200)
-    dates = {name: str for name in head if looks_like_time(head[name])}
-    frame = read_raw(args, dtype=dates, decimal=args.decimal, thousands=args.thousands,
+    codes = [name for name in head if is_code(head[name]) or looks_like_time(head[name])]
+    frame = read_raw(args, dtype=dict.fromkeys(codes, str), decimal=args.decimal, thousands=args.thousands,
                      na_values=MISSING + args.na_values)
     frame.columns = [str(name) for name in frame.columns]
     if len(frame) == 0:
         fail(f"{args.data}: the table has no rows")
-    if frame.index.nlevels > 1 or has_row_names(frame) and frame.iloc[:, -1].isna().all():
-        fail(f"{args.data}: its rows have more cells than its header has names (--skiprows leaves lines out)")
     if frame.shape[1] == 1 and re.search("[;|\t]", frame.columns[0]):
         fail(f"{args.data}: one column called {frame.columns[0]!r}: another separator? --sep ';'")
+    if frame.index.nlevels > 1 or has_row_names(frame) and frame.iloc[:, -1].isna().all():
+        fail(f"{args.data}: its rows have more cells than its header has names (--skiprows leaves lines out)")
     return frame
 
 
+def is_code(column):
+    """Has it leading zeros? Then it is no number: 007 is not 7."""
+    return column.dropna().iloc[:1000].astype(str).str.fullmatch(r"0\d+").any()
+
+
 def looks_like_time(column):
-    """Do nine of ten of its values look like dates? An epoch must be named so: it may be any number."""
+    """Do nine of ten of its values look like dates?"""
     words = column.dropna().iloc[:1000].astype(str).str.strip().drop_duplicates()
     like = words.str.contains(DATE_LIKE)
     if re.search(NAMED_TIME, str(column.name)):
-        like |= words.str.fullmatch(EPOCH)
+        like |= words.str.fullmatch(IF_NAMED)
     return len(words) > 0 and like.mean() >= 0.9
 
 
@@ -360,13 +366,15 @@ def infer_kinds(frame, args):
 
 def infer_kind(column, args):
     """The kind of a column that no flag speaks of."""
-    if infer_dtype(column) in ("boolean", "categorical"):
+    if infer_dtype(column) in ("boolean", "categorical") or is_code(column):
         return "categorical"                                # True with holes has dtype object, not bool
     if is_datetime64_any_dtype(column) or looks_like_time(column):
         return SECOND_TIME if args.time_col else "time"
     words = column.dropna()
     if np.isnan(read_numbers(words, args, np.inf)).sum() <= 0.1 * len(words):
         return "numeric"                                    # a "Bad" among numbers is a missing number
+    if re.search(NAMED_TIME, str(column.name)) and words.nunique() > 0.5 * len(words):
+        return "time"                                       # in a language of its own: will be refused
     if words.nunique() > MAX_CATEGORIES:                    # each would have a class and a vector of its own
         return f"dropped: over {MAX_CATEGORIES} distinct texts (--categorical_cols keeps it)"
     return "categorical"
@@ -397,11 +405,12 @@ SECOND_TIME = "dropped: a second time column"
 OTHER_DATES = ["%d.%m.%y", "%m/%d/%y", "%d/%m/%y", "%d-%b-%y", "%m/%d/%Y", "%d/%m/%Y", "%Y-%m-%d"]
 OTHER_CLOCKS = ["", " %H", " %H:%M", " %H:%M:%S", " %H.%M", " %H.%M.%S", " %I:%M %p", " %I:%M:%S %p"]
 OTHER_PATTERNS = [date + clock for date in OTHER_DATES for clock in OTHER_CLOCKS]
-OTHER_PATTERNS += ["%m/%Y", "%b %Y", "%B %Y", "%b-%y", "%b-%Y", "%Y%m%d%H"]
+OTHER_PATTERNS += ["%m/%Y", "%b %Y", "%B %Y", "%b-%y", "%b-%Y", "%Y%m%d%H", "%Y%m"]
 NUMBER_PATTERNS = {"s": r"1\d{9}(?:\.\d+)?", "ms": r"1\d{12}(?:\.\d+)?", "elapsed": r"\d+:\d\d(?::\d\d)?"}
 # what strftime pads and others do not, and how they write zones: patterns to replace in its text
-MANNERS = [("$^", ""), (r"(?<![\d:.])0(\d)", r"\1"), (r"([+-]\d\d)(\d\d)$", r"\1:\2"), (r"\+0000$", "Z"),
-           (r"(\.\d{3})000$", r"\1"), (r"(\.\d{3})000\+0000$", r"\1Z")]
+MANNERS = [("$^", ""), (r"(?<![\d:.])0(\d)", r"\1"), (r"(?<!\d)0(\d)(?=\.)", r"\1"), (r"\+0000$", "Z"),
+           (r"([+-]\d\d)(\d\d)$", r"\1:\2"), (r"(\.\d{3})000$", r"\1"), (r"(\.\d{3})000\+0000$", r"\1Z")]
+
 
 
 def parse_stamps(text, pattern):
@@ -473,12 +482,15 @@ def read_time(frame, kinds, args):
     first = frame[columns[0]]
     if len(columns) == 1 and is_datetime64_any_dtype(first):
         return columns, "as it is", first                     # is written as pandas does
-    if len(columns) == 1 and is_numeric_dtype(first) and not looks_like_time(first):
-        return columns, "as it is", pd.Series(read_numbers(first, args), first.index)
+    is_number = is_numeric_dtype(first) and not looks_like_time(first)
+    if len(columns) == 1 and is_number and not args.time_format:
+        number = pd.Series(read_numbers(first, args), first.index)
+        return columns, "as it is", number.round(9)         # 20.099999999999998 is 20.1
     pattern, stamps = read_columns(frame, columns, args)
     if pattern is None and not args.time_col:               # a date and a date of installation make no time
-        kinds.update(dict.fromkeys(columns[1:], SECOND_TIME))
-        columns = columns[:1]
+        kinds.update(dict.fromkeys(columns, SECOND_TIME))
+        columns = [frame[columns].nunique().idxmax()]       # the one that repeats itself least does
+        kinds[columns[0]] = "time"
         pattern, stamps = read_columns(frame, columns, args)
     if pattern is None or pattern == "elapsed" and not stamps.is_monotonic_increasing:
         fail(f"{args.data}: {' '.join(columns)!r} does not read as time stamps in one format (such as "
@@ -491,9 +503,10 @@ def time_step(stamps):
     """The step by which stamps go on: months, business days and the like by name, else the median."""
     stamps = stamps.dropna().drop_duplicates().sort_values()
     if is_datetime64_any_dtype(stamps) and len(stamps) > 2:
-        offset = pd.infer_freq(stamps.iloc[-12:])
-        if offset and "bh" not in offset.lower():           # business hours: whose?
-            return pd.tseries.frequencies.to_offset(offset)
+        for end in range(len(stamps), max(2, len(stamps) - 120), -12):  # a holiday spoils a stretch of twelve
+            offset = pd.infer_freq(stamps.iloc[max(0, end - 12):end])
+            if offset and "bh" not in offset.lower():       # business hours: whose?
+                return pd.tseries.frequencies.to_offset(offset)
         days = stamps.diff().median() / pd.Timedelta(days=1)
         if days > 27 and stamps.dt.day.nunique() == 1:      # the 15th of each month
             return pd.DateOffset(months=round(days / 30.4))
@@ -520,10 +533,12 @@ def even_keys(keys):
         step = time_step(own)
         first = own.iloc[0]
         last = own.iloc[-1]
-        if first < last and isinstance(first, pd.Timestamp):
+        # one stamp from 1970 would need all of memory for those that follow
+        is_dense = last - first < 100 * len(own) * own.diff().median()
+        if is_dense and isinstance(first, pd.Timestamp):
             own = pd.date_range(first, last, freq=step)
-        elif first < last:
-            own = first + step * np.arange(1 + round((last - first) / step))
+        elif is_dense:
+            own = np.round(first + step * np.arange(1 + round((last - first) / step)), 9)
         every.append(pd.DataFrame({"group": name, "time": own}))
     return known, pd.concat(every)
 
@@ -550,15 +565,15 @@ def insert_absent_rows(frame, keys, args):
 
 # ---- and back: the user's own file as it was, with some cells of our own
 
-def check_target(flag, path, source):
+def check_target(flag, path, *others):
     """Before minutes of training: can a result be written to `path`, if there is one, without harm?"""
     if path is None:
         return
     folder = os.path.dirname(path) or "."                   # path.tmp is renamed: the folder must allow it
     writable = os.access(folder, os.W_OK) and not os.path.isdir(path)
-    is_source = os.path.exists(path) and os.path.exists(source) and os.path.samefile(path, source)
-    if is_source or not writable or not path.endswith((".csv", ".csv.gz")):
-        fail(f"{flag} {path} must be a .csv or .csv.gz, not the table itself, in a folder of yours")
+    taken = [os.path.realpath(other) for other in others if other]
+    if os.path.realpath(path) in taken or not writable or not path.endswith((".csv", ".csv.gz")):
+        fail(f"{flag} {path} must be a .csv or .csv.gz of its own, in a folder of yours")
 
 
 def replace_file(path, write):
@@ -604,8 +619,10 @@ def spell(table, name, values, text, args, forecast):
     seen = table.observed[:, (schema.numeric + schema.categorical).index(name)].numpy()
     own = text[name].iloc[table.keys.index[seen]].str.strip()                   # the column's own cells
     if name in schema.categorical:
-        ids = table.categorical[seen, schema.categorical.index(name)].numpy()
-        return own.groupby(ids).first().reindex(values.numpy()).to_numpy()
+        k = schema.categorical.index(name)
+        words = pd.Series(dict(enumerate(schema.vocabulary[k], start=2)), dtype=object)
+        words.update(own.groupby(table.categorical[seen, k].numpy()).first())   # as this file spells them
+        return words.reindex(values.numpy()).to_numpy()
     j = schema.numeric.index(name)
     x = values.double().numpy() * schema.scale[j] + schema.center[j]
     numbers = read_numbers(own, args)
@@ -615,6 +632,12 @@ def spell(table, name, values, text, args, forecast):
         low = 0.0 if low >= 0 else -np.inf
         high = np.inf
     x = np.clip(x, low, high)
+    return number_text(x, own, args)
+
+
+def number_text(x, own, args):
+    """Numbers (n,) as n texts as their column has them, `own`, a Series: with its decimals, whole where it is
+    whole."""
     form = ".6g"                                            # 1.2e-05 has no fixed number of decimals
     if not own.str.contains("e", case=False).any():
         decimals = own.str.extract(rf"{re.escape(args.decimal)}(\d+)$", expand=False).fillna("")
@@ -638,9 +661,7 @@ def stamp_text(stamps, pattern, manner):
     """Stamps, a Series, as a Series of text."""
     if pattern in ("s", "ms"):
         return ((stamps - pd.Timestamp(0)) // pd.Timedelta(1, pattern)).astype(str)
-    if pattern in ("as it is", "elapsed"):
-        if stamps.dtype.kind == "f":
-            stamps = stamps.round(9).convert_dtypes()       # 2020.0 is 2020, and 20.099999999999998 is 20.1
+    if pattern == "elapsed":
         return stamps.astype(str)
     return stamps.dt.strftime(pattern).str.replace(*manner, regex=True)
 
@@ -658,13 +679,17 @@ def new_rows(table, text, like, stamps, args):
     known = known[known.index < len(text)]
     patterns = table.pattern.rsplit(" ", len(table.time_columns) - 1)
     for name, pattern in zip(table.time_columns, patterns):
-        own = text[name].iloc[known.index].str.strip().to_numpy()
-        fitting = [manner for manner in MANNERS if pattern == "as it is"
-                   or (stamp_text(known, pattern, manner) == own).all()]
-        if not fitting:
-            fail(f"{args.data}: {name} is read as {pattern!r} and not written so (such as {own[-1]!r}): "
-                 "--time_format, or a column in one format")
-        rows[name] = stamp_text(stamps, pattern, fitting[0]).to_numpy()
+        own = text[name].iloc[known.index].str.strip().set_axis(known.index)
+        if is_numeric_dtype(stamps) and pattern == "as it is":
+            rows[name] = number_text(stamps.to_numpy(np.float64), own, args)
+        elif pattern == "as it is":                         # a midnight has its hour if the others do
+            rows[name] = pd.concat([known, stamps]).astype(str).to_numpy()[len(known):]
+        else:
+            fitting = [manner for manner in MANNERS if (stamp_text(known, pattern, manner) == own).all()]
+            if not fitting:
+                fail(f"{args.data}: {name} is read as {pattern!r} and not written so (such as "
+                     f"{own.iloc[-1]!r}): --time_format, or a column in one format")
+            rows[name] = stamp_text(stamps, pattern, fitting[0]).to_numpy()
     return rows
 
 
@@ -678,7 +703,7 @@ def next_rows(table, text, steps, args):
     stamps = []
     for _, own in table.keys["time"].groupby(table.keys["group"]):
         step = time_step(own if len(own) > 1 else table.keys["time"])
-        if step != step or own.nunique() < len(own) / 2:
+        if step != step or own.nunique() <= len(own) / 2:
             fail(f"{args.data}: --forecast cannot go on from {' '.join(table.time_columns)!r}, whose step is "
                  f"{step}: does another column tell sequences (--group_col) or hours (--time_col) apart?")
         stamps += [own.iloc[-1] + step * (ahead + 1) for ahead in range(steps)]
@@ -695,13 +720,17 @@ def write_text(path, text, lines, args):
         # pandas renames columns that are called alike or not at all
         header = read_raw(args, header=None, nrows=1, dtype=str, keep_default_na=False)
         options["header"] = header.iloc[0].tolist()
-    if path.endswith(".gz"):
-        options["compression"] = "gzip"                     # the name ends in .tmp until all is on disk
-    replace_file(path, lambda beside: text.to_csv(beside, **options))
+    write_csv(path, text, options)
     if args.intervals:
         lines = pd.concat([pd.DataFrame(), *lines])         # there may be none
-        replace_file(args.intervals, lambda beside: lines.to_csv(beside, index=False))
+        write_csv(args.intervals, lines, {"index": False})
     print("wrote", path, args.intervals or "")
+
+
+def write_csv(path, frame, options):
+    if path.endswith(".gz"):
+        options["compression"] = "gzip"                     # the name ends in .tmp until all is on disk
+    replace_file(path, lambda beside: frame.to_csv(beside, **options))
 
 
 # ---- two simulated tables, and a tiny one
@@ -964,6 +993,14 @@ def number(kind, low, high=2.0 ** 53, inside=False):
     return parse
 
 
+def character(text):
+    """An argparse type: pandas takes a longer separator for a pattern, and could not write it."""
+    text = text.replace("\\t", "\t")
+    if len(text) != 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not one character")
+    return text
+
+
 def make_parser(doc, script, source):
     """A parser with the flags that say what the table is, for this file and the two training scripts."""
     # no config files: `--help` is the documentation, and a misspelt flag is an error
@@ -973,9 +1010,9 @@ def make_parser(doc, script, source):
                                      formatter_class=Formatter, allow_abbrev=False)
     add = parser.add_argument
     add("--data", default=source, help=f".csv, .csv.gz, .parquet, or simulated: {', '.join(SIMULATIONS)}")
-    add("--sep", type=lambda text: text.replace("\\t", "\t"), default=",", help="between cells")
-    add("--decimal", default=".", help="point or comma")
-    add("--thousands", help="between groups of three digits")
+    add("--sep", type=character, default=",", help="between cells")
+    add("--decimal", type=character, default=".", help="point or comma")
+    add("--thousands", type=character, help="between groups of three digits")
     add("--encoding", default="utf-8", help="of a .csv")
     add("--skiprows", type=int, nargs="+", help="lines to leave out; the first is 0")
     add("--na_values", nargs="+", default=[], help="more words for a missing cell")
@@ -1134,7 +1171,7 @@ def find_hints(table, args):
     absent, repeated = absent_steps(table)
     grouped = "group" in table.kinds.values()
     few = [name for name, words in zip(schema.categorical, schema.vocabulary) if 1 < len(words) <= 50]
-    if repeated > len(table.observed) / 2 and not grouped:
+    if repeated >= len(table.observed) / 2 and not grouped:
         label = (few or ["NAME"])[0]
         hints.append(f"the same stamps again and again: a long file (--group_col {label}, or pivot it), or "
                      "is the hour in another column (--time_col Date Hour)?")
@@ -1162,7 +1199,7 @@ def find_hints(table, args):
         if "distinct" in kind:
             hints.append(f"{name}: {kind}")
     if absent and not args.regular:
-        hints.append(f"{absent:,} steps of time are absent: --regular puts a row of holes there")
+        hints.append(f"{absent:,} steps of time are absent: --regular puts rows there, if steps are even")
     return hints[:3]
 
 

@@ -249,7 +249,8 @@ def test_time_sorts_rows_and_becomes_a_clock():
 
 @pytest.mark.parametrize("column,kind", [
     (["a", "b", None], "categorical"), ([True, False, None], "categorical"), (["may", "june"], "categorical"),
-    (["M3", "1h"], "categorical"), ([1, 2], "numeric"), ([None, None], "numeric"), (["1.5", None], "numeric"),
+    (["M3", "1h"], "categorical"), (["007", "01067", "10115"], "categorical"),
+    ([1, 2], "numeric"), ([None, None], "numeric"), (["1.5", None], "numeric"),
     (["2024-01-01", "2024-01-02", None], "time"), (["01.03.2024 10:00", "31.03.2024 10:00"], "time"),
     (["2024-03-31 01:00+01:00", "2024-03-31 04:00+02:00"], "time")])
 def test_kinds_are_inferred(column, kind):
@@ -746,7 +747,7 @@ def test_below_the_marker_the_two_scripts_are_one():
     assert own == {name for name in common if ours[name] != theirs[name]}
 
 @pytest.mark.parametrize("name,lines,characters,tokens", [
-    ("data.py", 1204, 47, 12.7), ("masking.py", 354, 42, 12.5), ("model.py", 388, 43, 12.6),
+    ("data.py", 1241, 47, 12.7), ("masking.py", 354, 42, 12.5), ("model.py", 388, 43, 12.6),
     ("train_mlm.py", 454, 48, 12), ("train_ar.py", 522, 47.5, 12.5)])
 def test_the_files_stay_small_and_plain(name, lines, characters, tokens):
     """Lines of the file; characters and tokens a line of code; lines of a function."""
@@ -781,7 +782,8 @@ def test_a_roll_out_uses_as_much_of_the_correction_as_val_likes():
 # ---- bad input: one sentence, exit code 2, nothing overwritten
 BAD_FILES = [
     (None, "no such file"), ("", "bad.csv"), ("a,b\n", "no rows"), ("a,b\n1,2\n", "--split"),
-    ("a;b\n1;2\n", "--sep"), ("t,a\n" + "2024-01-01,2,\n" * 9, "more cells"),
+    ("a;b\n1;2\n", "--sep"), ("t;a;b\n2024;20,5;1,2\n", "--sep"),
+    ("t,a\n" + "2024-01-01,2,\n" * 9, "more cells"),
     ("date\n2024-01-01\n2024-01-02\n", "no usable column"),
     ("t,x\nUTC,m/s\n" + "".join(f"2024-01-{i},{i}\n" for i in range(10, 32)), "'t' / UTC")]
 BAD_FLAGS = [
@@ -792,7 +794,8 @@ BAD_FLAGS = [
     ("--mask_style span", "--mask_span"), ("--read_csv 'sep=;'", "--sep"), ("--resume", "no such checkpoint"),
     ("--n_embd 30 --n_head 4", "--n_embd 30 / --n_head 4"), ("--clip 0", "--clip"), ("--fill x.xlsx", ".csv"),
     ("--mask_share 0.8 --random_share 0.3", "--random_share"), ("--device cuda:99", "--device"),
-    ("--fill nowhere/filled.csv", "--fill / nowhere"), ("--numeric_cols sign", "sign / number")]
+    ("--fill nowhere/filled.csv", "--fill / nowhere"), ("--numeric_cols sign", "sign / number"),
+    ("--sep '\\s+'", "--sep / one character"), ("--fill a.csv --intervals ./a.csv", "--intervals ./a.csv")]
 
 BAD = [(content, "", says) for content, says in BAD_FILES] + [(toy().to_csv(), *row) for row in BAD_FLAGS]
 
@@ -922,6 +925,13 @@ TIMES = [   # what public files were like that once went wrong: header, times as
     ("t", [f"{i / 10:g}" for i in range(120)], "--time_col t", "12.0"),
     ("t,installed", HOURS.strftime("%Y-%m-%d %H:%M,2017-05-01"), "", "2018-01-06 00:00,"),
     ("t", pd.bdate_range("2024-01-01", periods=120).strftime("%Y-%m-%d"), "", "2024-06-17"),
+    ("month", MONTHS.strftime("%Y%m"), "", "201001"),
+    ("t", [f"{t.day}.{t.month}.{t.year} {t:%H:%M}" for t in HOURS], "", "6.1.2018 00:00"),
+    ("t", pd.bdate_range("2023-01-02", "2023-06-16").drop("2023-06-13").strftime("%Y-%m-%d"), "",
+     "2023-06-19"),                                         # a holiday among the last
+    ("date,stamp", [f"{t:%Y-%m-%d},{t:%d.%m.%Y %H:%M}" for t in HOURS], "", ",06.01.2018 00:00"),
+    ("Datum", [f"{t.day}. {['Jän', 'Feb', 'Mär', 'Apr'][t.month - 1]} 22" for t in DAYS], "",
+     "refused: Datum"),
     ("t", DAYS.strftime("%y|%d|%m"), "--time_col t --time_format '%y|%d|%m'", "22|01|05"),
     ("t", [f"2024-W{i % 52 + 1:02d}" for i in range(120)], "", "refused: 't' / --time_format"),
     ("t", pd.date_range("2024-02-03", periods=120, freq="5min").strftime("%d/%m/%Y %H:%M"), "",   # either way
@@ -989,6 +999,10 @@ def test_absent_rows_are_counted_and_inserted_and_runs_of_holes_measured(tmp_pat
     filled, kept = fill(frame, tmp_path, "--regular"), frame["wave"].dropna()
     assert (pd.to_datetime(filled["date"]) == toy(200)["date"]).all() and filled["wave"].notna().all()
     assert (filled["wave"][kept.index] == kept).all()
+    tenths = pd.Series(range(200)).drop([50, 51]) / 10      # in floats not quite a tenth apart
+    assert len(table_of({"t": tenths, "x": 1.0}, "--time_col t --regular").observed) == 200
+    reset = [pd.Timestamp(0), *pd.date_range("2024-01-01", periods=200, freq="s")]
+    assert data.absent_steps(table_of({"t": reset, "x": 1.0}))[0] < 200         # naive: billions
     uneven = {"t": toy(200)["date"] + pd.to_timedelta(np.arange(200) ** 2, unit="s"), "x": 1.0}
     refused(lambda: table_of(uneven, "--regular"), capsys, "--regular")
     outages = toy().drop(columns="sign").mask(np.arange(400)[:, None] % 40 < [[0, 8, 8]])   # no values
@@ -1037,12 +1051,19 @@ def test_resuming_fills_another_file_by_the_scales_of_training_and_only_fills(fi
     other, path = toy(200, seed=3).assign(wave=lambda frame: frame["wave"] * 2 + 3), tmp_path / "other.csv"
     other.to_csv(path, index=False)
     shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    before = (tmp_path / "last.pt").read_bytes()
     resume(tmp_path, "--data", path, "--fill", tmp_path / "filled.csv")
+    assert (tmp_path / "last.pt").read_bytes() == before    # and its flags: the next --resume is of the first
     assert same_bits(finished, tmp_path) and saved(tmp_path)["schema"] == saved(finished)["schema"]
     table = load_table(mlm_args("--seq_len 16 --data", path), schema=data.Schema(**saved(finished)["schema"]))
     filled, there = pd.read_csv(tmp_path / "filled.csv"), other["wave"].notna()
     own = own_units(table)[:, 0].numpy()                    # by the old scales
     assert filled.notna().all(axis=None) and np.allclose(own[there], other["wave"][there], rtol=1e-4)
+    one = other.assign(mirror=np.nan, sign=other["sign"].mask(other["sign"] == "up"))
+    one.to_csv(tmp_path / "one.csv", index=False)           # has no value of `mirror`, and one sign alone
+    resume(tmp_path, "--data", tmp_path / "one.csv", "--fill", tmp_path / "filled.csv")
+    found = pd.read_csv(tmp_path / "filled.csv")
+    assert found["mirror"].isna().all() and set(found["sign"]) <= {"up", "down"}
     net = saved_model(tmp_path)
     for row in np.flatnonzero(~there[:184])[2:]:            # from a window with a quarter of itself before
         windows = torch.tensor([[first, 200] for first in range(row // 8 * 8 - 8, row - 3, 8)])

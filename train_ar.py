@@ -162,7 +162,7 @@ def prepare(table, args):
         args.base = "closed" if len(table.segments["all"]) < 3 else "last"
     if (args.season or 1) > args.given:
         fail(f"--season {args.season} looks back further than a roll-out's --given {args.given} rows")
-    if bool(args.forecast) != bool(args.to) or args.intervals and args.to in (None, args.intervals):
+    if bool(args.forecast) != bool(args.to) or args.intervals and not args.to:
         fail("--forecast (how many rows) and --to (into which file) go together, --intervals is one more")
     # a short table is judged at what fits; only if nothing does it is refused
     room = table.seq_len
@@ -179,7 +179,7 @@ def prepare(table, args):
     if not args.forecast:
         return None
     check_target("--to", args.to, args.data)
-    check_target("--intervals", args.intervals, args.data)
+    check_target("--intervals", args.intervals, args.data, args.to)
     text = read_text(table, args)
     return text, *next_rows(table, text, args.forecast, args)
 
@@ -433,8 +433,7 @@ def main(argv=None):
                  "best": best, "history": history, "model": raw.state_dict(),
                  "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
         replace_file(f"{args.out_dir}/{name}", lambda path: torch.save(state, path))
-        log = pd.DataFrame(history)
-        replace_file(f"{args.out_dir}/log.csv", lambda path: log.to_csv(path, index=False))
+        replace_file(f"{args.out_dir}/log.csv", lambda path: pd.DataFrame(history).to_csv(path, index=False))
 
     start = time.perf_counter()
     while True:
@@ -446,10 +445,11 @@ def main(argv=None):
                 history[-1]["val"] = val                    # the row was logged before we knew
             mse = mean_errors(errors, table.schema.numeric, "square", "kind").mean(axis=1)
             print(f"step {step:5d} | val loss {val:.4f} | mse", mse.round(4).to_dict())
-            if val < best:                                  # never true of a NaN
-                best = val
-                save("best.pt")                             # what is judged at the end
-            save("last.pt")                                 # what --resume goes on from
+            if step > kept.get("step", -1):                 # else it only fills, maybe another file
+                if val < best:                              # never true of a NaN
+                    best = val
+                    save("best.pt")                         # what is judged at the end
+                save("last.pt")                             # what --resume goes on from
         if step >= args.max_steps:
             break
 

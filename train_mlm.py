@@ -128,12 +128,12 @@ def prepare(table, args):
         fail(f"--mask_share {args.mask_share} and --random_share {args.random_share} exceed 1 together")
     if args.mask_span is None:
         args.mask_span = default_span(table)
-    if args.intervals and args.fill in (None, args.intervals):
-        fail("--intervals says how sure --fill is: give both, two files")
+    if args.intervals and not args.fill:
+        fail("--intervals says how sure --fill is: give both")
     if not args.fill:
         return None
     check_target("--fill", args.fill, args.data)
-    check_target("--intervals", args.intervals, args.data)
+    check_target("--intervals", args.intervals, args.data, args.fill)
     return read_text(table, args)
 
 
@@ -182,8 +182,8 @@ def write_result(model, table, text, errors, factor, args):
     lines = []
     for j, name in enumerate(schema.numeric + schema.categorical):
         gaps = (~table.observed[:placed, j]).nonzero()[:, 0].numpy()
-        if not schema.learnt[j]:
-            print(f"{name} is left empty: the train rows have no value of it")
+        if not schema.learnt[j] or len(gaps) == placed:
+            print(f"{name} is left empty: the train rows, or all of this table, have no value of it")
         elif len(gaps):
             rows = table.keys.index[gaps]                   # of the file
             lines.append(write_cells(text, rows, name, said[:, gaps, j], table, text, args))
@@ -364,8 +364,7 @@ def main(argv=None):
                  "best": best, "history": history, "model": raw.state_dict(),
                  "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
         replace_file(f"{args.out_dir}/{name}", lambda path: torch.save(state, path))
-        log = pd.DataFrame(history)
-        replace_file(f"{args.out_dir}/log.csv", lambda path: log.to_csv(path, index=False))
+        replace_file(f"{args.out_dir}/log.csv", lambda path: pd.DataFrame(history).to_csv(path, index=False))
 
     start = time.perf_counter()
     while True:
@@ -377,10 +376,11 @@ def main(argv=None):
                 history[-1]["val"] = val                    # the row was logged before we knew
             mse = mean_errors(errors, table.schema.numeric, "square", "kind").mean(axis=1)
             print(f"step {step:5d} | val loss {val:.4f} | mse", mse.round(4).to_dict())
-            if val < best:                                  # never true of a NaN
-                best = val
-                save("best.pt")                             # what is judged at the end
-            save("last.pt")                                 # what --resume goes on from
+            if step > kept.get("step", -1):                 # else it only fills, maybe another file
+                if val < best:                              # never true of a NaN
+                    best = val
+                    save("best.pt")                         # what is judged at the end
+                save("last.pt")                             # what --resume goes on from
         if step >= args.max_steps:
             break
 
