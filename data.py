@@ -285,7 +285,7 @@ DATE_LIKE = "|".join([
     r"^\d{1,2}:\d\d"])                                          # 10:30
 # (milli)seconds since 1970, or 202412: only where the name says time
 IF_NAMED = r"1\d{9}(?:\d{3})?(?:\.\d+)?|(?:19|20)\d\d(?:0[1-9]|1[0-2])"
-NAMED_TIME = r"(?i)time|date|stamp|epoch|year|month|datum|zeit"
+NAMED_TIME = r"(?i)(?:\b|_)(?:time|date|datum|epoch|year|month)|stamp|zeit"     # and no candidate
 
 
 def read_raw(args, **options):
@@ -489,13 +489,16 @@ def read_time(frame, kinds, args):
     pattern, stamps = read_columns(frame, columns, args)
     if pattern is None and not args.time_col:               # a date and a date of installation make no time
         kinds.update(dict.fromkeys(columns, SECOND_TIME))
-        columns = [frame[columns].nunique().idxmax()]       # the one that repeats itself least does
-        kinds[columns[0]] = "time"
-        pattern, stamps = read_columns(frame, columns, args)
+        for name in frame[columns].nunique().sort_values(ascending=False, kind="stable").index:
+            columns = [name]                                # the one does that repeats itself least
+            pattern, stamps = read_columns(frame, columns, args)
+            if pattern is not None:
+                kinds[name] = "time"
+                break
     if pattern is None or pattern == "elapsed" and not stamps.is_monotonic_increasing:
         fail(f"{args.data}: {' '.join(columns)!r} does not read as time stamps in one format (such as "
              f"{first.dropna().iloc[[0, -1]].tolist()}): --time_format '%d.%m.%Y %H:%M' says how, --time_col "
-             "Date Time joins two columns, --drop_cols leaves it out, and rows stay in the order of the file")
+             "Date Time joins two columns, --drop_cols or --categorical_cols says that it is no time")
     return columns, pattern, stamps
 
 

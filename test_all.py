@@ -747,7 +747,7 @@ def test_below_the_marker_the_two_scripts_are_one():
     assert own == {name for name in common if ours[name] != theirs[name]}
 
 @pytest.mark.parametrize("name,lines,characters,tokens", [
-    ("data.py", 1241, 47, 12.7), ("masking.py", 354, 42, 12.5), ("model.py", 388, 43, 12.6),
+    ("data.py", 1244, 47, 12.7), ("masking.py", 354, 42, 12.5), ("model.py", 388, 43, 12.6),
     ("train_mlm.py", 454, 48, 12), ("train_ar.py", 522, 47.5, 12.5)])
 def test_the_files_stay_small_and_plain(name, lines, characters, tokens):
     """Lines of the file; characters and tokens a line of code; lines of a function."""
