@@ -282,6 +282,7 @@ DATE_LIKE = "|".join([
     r"^\d{1,2}/\d{4}$",                                         # 12/2024
     rf"\b{MONTH}[-. ,]+(?:\d{{1,2}},? )?\d{{2}}(?:\d\d)?\b",    # Dec-24, Tuesday, Dec 31, 2024
     r"^(?:19|20)\d\d[01]\d[0-3]\d(?:T?\d{2,6})?$",              # 20241231, 202412311030
+    r"^[0-3]\d[0-3]\d(?:19|20)\d\d$",                           # 31122024
     r"^\d{1,2}:\d\d"])                                          # 10:30
 # (milli)seconds since 1970, or 202412: only where the name says time
 IF_NAMED = r"1\d{9}(?:\d{3})?(?:\.\d+)?|(?:19|20)\d\d(?:0[1-9]|1[0-2])"
@@ -366,14 +367,15 @@ def infer_kinds(frame, args):
 
 def infer_kind(column, args):
     """The kind of a column that no flag speaks of."""
-    if infer_dtype(column) in ("boolean", "categorical") or is_code(column):
+    if infer_dtype(column) in ("boolean", "categorical"):
         return "categorical"                                # True with holes has dtype object, not bool
     if is_datetime64_any_dtype(column) or looks_like_time(column):
         return SECOND_TIME if args.time_col else "time"
     words = column.dropna()
-    if np.isnan(read_numbers(words, args, np.inf)).sum() <= 0.1 * len(words):
+    if not is_code(words) and np.isnan(read_numbers(words, args, np.inf)).sum() <= 0.1 * len(words):
         return "numeric"                                    # a "Bad" among numbers is a missing number
-    if re.search(NAMED_TIME, str(column.name)) and words.nunique() > 0.5 * len(words):
+    named = re.search(NAMED_TIME, str(column.name)) and not args.time_col
+    if named and words.nunique() > len(words) / 2 and words.astype(str).str.contains(r"\d").all():
         return "time"                                       # in a language of its own: will be refused
     if words.nunique() > MAX_CATEGORIES:                    # each would have a class and a vector of its own
         return f"dropped: over {MAX_CATEGORIES} distinct texts (--categorical_cols keeps it)"
@@ -405,7 +407,7 @@ SECOND_TIME = "dropped: a second time column"
 OTHER_DATES = ["%d.%m.%y", "%m/%d/%y", "%d/%m/%y", "%d-%b-%y", "%m/%d/%Y", "%d/%m/%Y", "%Y-%m-%d"]
 OTHER_CLOCKS = ["", " %H", " %H:%M", " %H:%M:%S", " %H.%M", " %H.%M.%S", " %I:%M %p", " %I:%M:%S %p"]
 OTHER_PATTERNS = [date + clock for date in OTHER_DATES for clock in OTHER_CLOCKS]
-OTHER_PATTERNS += ["%m/%Y", "%b %Y", "%B %Y", "%b-%y", "%b-%Y", "%Y%m%d%H", "%Y%m"]
+OTHER_PATTERNS += ["%m/%Y", "%b %Y", "%B %Y", "%b-%y", "%b-%Y", "%Y%m%d%H", "%Y%m", "%d%m%Y", "%m%d%Y"]
 NUMBER_PATTERNS = {"s": r"1\d{9}(?:\.\d+)?", "ms": r"1\d{12}(?:\.\d+)?", "elapsed": r"\d+:\d\d(?::\d\d)?"}
 # what strftime pads and others do not, and how they write zones: patterns to replace in its text
 MANNERS = [("$^", ""), (r"(?<![\d:.])0(\d)", r"\1"), (r"(?<!\d)0(\d)(?=\.)", r"\1"), (r"\+0000$", "Z"),
@@ -422,9 +424,10 @@ def parse_stamps(text, pattern):
         return pd.to_timedelta(whole, errors="coerce").dt.total_seconds()
     several_zones = "%z" in pattern and text.str[-6:].nunique() > 1
     try:
-        return pd.to_datetime(text, format=pattern, errors="coerce", utc=several_zones)
+        stamps = pd.to_datetime(text, format=pattern, errors="coerce", utc=several_zones)
     except ValueError as e:
         fail(f"--time_format {pattern!r} is no pattern for these times ({e})")
+    return stamps.mask(stamps.dt.year < 1000)               # 01012024 is no first of January, 101
 
 
 def guess_patterns(words):
@@ -475,30 +478,28 @@ def read_columns(frame, columns, args):
 def read_time(frame, kinds, args):
     """The time columns, their pattern (see Table), and stamps or numbers, a Series; or a refusal."""
     columns = args.time_col or [name for name in kinds if kinds[name] == "time"]
+    if args.time_format and not columns:
+        fail(f"{args.data}: no column looks like time: --time_col says which, for --time_format")
     if not columns:                                         # the number of the row; a blank row has none
         number = pd.Series(np.arange(len(frame), dtype=float), frame.index)
         blank = frame.isna().all(axis=1) & (frame.shape[1] > 1)
         return [], "as it is", number.mask(blank)
+    if len(columns) > 1 and not args.time_col:              # a date of installation tells no rows apart
+        kinds.update(dict.fromkeys(columns, SECOND_TIME))
+        columns = [name for name in columns if name.lower() in YMD or frame[name].nunique() > 1] or columns
+        kinds.update(dict.fromkeys(columns, "time"))
     first = frame[columns[0]]
     if len(columns) == 1 and is_datetime64_any_dtype(first):
-        return columns, "as it is", first                     # is written as pandas does
-    is_number = is_numeric_dtype(first) and not looks_like_time(first)
+        return columns, "as it is", first                   # is written as pandas does
+    numbers = pd.Series(read_numbers(first, args), first.index)
+    is_number = numbers.count() == first.count() and not looks_like_time(first)
     if len(columns) == 1 and is_number and not args.time_format:
-        number = pd.Series(read_numbers(first, args), first.index)
-        return columns, "as it is", number.round(9)         # 20.099999999999998 is 20.1
+        return columns, "as it is", numbers.round(9)        # 20.099999999999998 is 20.1
     pattern, stamps = read_columns(frame, columns, args)
-    if pattern is None and not args.time_col:               # a date and a date of installation make no time
-        kinds.update(dict.fromkeys(columns, SECOND_TIME))
-        for name in frame[columns].nunique().sort_values(ascending=False, kind="stable").index:
-            columns = [name]                                # the one does that repeats itself least
-            pattern, stamps = read_columns(frame, columns, args)
-            if pattern is not None:
-                kinds[name] = "time"
-                break
     if pattern is None or pattern == "elapsed" and not stamps.is_monotonic_increasing:
         fail(f"{args.data}: {' '.join(columns)!r} does not read as time stamps in one format (such as "
              f"{first.dropna().iloc[[0, -1]].tolist()}): --time_format '%d.%m.%Y %H:%M' says how, --time_col "
-             "Date Time joins two columns, --drop_cols or --categorical_cols says that it is no time")
+             "which column, or which two (Date Time), --drop_cols or --categorical_cols that it is no time")
     return columns, pattern, stamps
 
 
@@ -506,7 +507,7 @@ def time_step(stamps):
     """The step by which stamps go on: months, business days and the like by name, else the median."""
     stamps = stamps.dropna().drop_duplicates().sort_values()
     if is_datetime64_any_dtype(stamps) and len(stamps) > 2:
-        for end in range(len(stamps), max(2, len(stamps) - 120), -12):  # a holiday spoils a stretch of twelve
+        for end in range(len(stamps), max(2, len(stamps) - 40), -1):    # a holiday spoils a stretch of twelve
             offset = pd.infer_freq(stamps.iloc[max(0, end - 12):end])
             if offset and "bh" not in offset.lower():       # business hours: whose?
                 return pd.tseries.frequencies.to_offset(offset)
@@ -1197,7 +1198,7 @@ def find_hints(table, args):
     for name, words in zip(schema.categorical, schema.vocabulary):
         digits = pd.Series(words, dtype=str).str.fullmatch(r"\D{0,2}\d[\d.,'\s]*\D?")
         if len(words) > 20 and digits.mean() > 0.9 and name not in args.categorical_cols:
-            hints.append(f"{name}: are its texts numbers (such as {words[0]})? --thousands, --decimal")
+            hints.append(f"{name}: are its texts numbers (such as {words[0]})? --numeric_cols, --decimal")
     for name, kind in table.kinds.items():
         if "distinct" in kind:
             hints.append(f"{name}: {kind}")
