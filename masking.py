@@ -146,8 +146,8 @@ def create_attention_mask(valid):
 
 
 def create_inputs(batch, causal, closed_form=None):
-    """data.Batch, whose `observed` (B, T, F) is what is known, -> Inputs. closed_form: the matrix of
-    fit_gaussian, causal of fit_autoregression, for a better base than the straight line or the last value."""
+    """data.Batch, whose `observed` (B, T, F) is what is known, -> Inputs. closed_form: what fit_closed_form
+    returns, for a better base than the straight line or the last value."""
     N = batch.numeric.shape[-1]
     known = batch.observed[..., :N]
     known_ids = batch.observed[..., N:]
@@ -210,8 +210,8 @@ def bert_style_masking(batch, hidden, generator, mask_share=0.8, random_share=0.
 # the closed forms: what a linear model of the train rows says
 
 def fit_closed_form(table, causal):
-    """The matrix for gaussian_fill, causal for autoregress, from the train rows of a data.Table, holes
-    interpolated, spikes cut; None where it would be too large."""
+    """What gaussian_fill needs, causal autoregress, from the train rows of a data.Table, holes interpolated,
+    spikes cut; None where it would be too large."""
     N = len(table.schema.numeric)
     if not 0 < table.seq_len * N <= MOST_CELLS:
         print("no closed form: --seq_len times the numeric columns is 0, or too large")
@@ -285,8 +285,8 @@ def gaussian_fill(line, known, precision):
 
 
 def fit_autoregression(sequences, T):
-    """(T*N, T*N) float32: each step from a row to the next as the mean given all steps before it in the
-    window. Steps, not values: so it goes on from any level.
+    """Each step from a row to the next as the mean given all steps before it in the window, (T*N, T*N)
+    float32; and how large a step may be to count, (T*N,). Steps, not values: so it goes on from any level.
     S = L L^T, and L^-1 x is what is new in each step; a step less its own news is its mean."""
     steps = [x.diff(dim=0) for x in sequences]
     square = torch.cat(steps).square().mean(dim=0)                              # (N,)
@@ -298,13 +298,15 @@ def fit_autoregression(sequences, T):
     regression = torch.eye(len(L)) - own @ L.inverse()                          # of steps in that unit
     regression = torch.where(row[:, None] > row, regression, 0.0)               # or rounding would stay
     unit = unit.repeat(T)                                                       # (T*N,)
-    return (regression * unit[:, None] / unit).float()
+    return (regression * unit[:, None] / unit).float(), (REACH * unit).float()
 
 
-def autoregress(last, regression):
-    """For each row the row after it, (B, T, N): last (B, T, N) are the last known values."""
+def autoregress(last, closed_form):
+    """For each row the row after it, (B, T, N), from the last known values. A step out of reach is none."""
+    regression, reach = closed_form
     steps = F.pad(last.diff(dim=1), (0, 0, 0, 1)).flatten(1)        # (B, T*N), the last is not used
     n = steps.shape[1]
+    steps = torch.where(steps.abs() < reach[:n], steps, 0.0)
     following = steps @ regression[:n, :n].T
     return last + following.view_as(last)
 

@@ -491,7 +491,7 @@ def test_causal_outputs_depend_on_what_came_before_and_never_on_what_comes_after
         changed[:, 4] = value
         later = outputs(net, batch._replace(**{field: changed}))[:, 5:]
         assert (later != outputs(net, batch)[:, 5:]).any(-1).all(), field
-    net.config.causal = False                               # naive: the level and spread of the whole window
+    net.config.causal = net.config.closed = False           # naive: the level and spread of the whole window
     assert not torch.equal(outputs(net, batch)[:, :6], outputs(net, next_row_changed(batch, 6))[:, :6])
 
 def test_the_target_is_the_next_row_and_missing_targets_are_not_scored():
@@ -747,7 +747,7 @@ def test_below_the_marker_the_two_scripts_are_one():
     assert own == {name for name in common if ours[name] != theirs[name]}
 
 @pytest.mark.parametrize("name,lines,characters,tokens", [
-    ("data.py", 1245, 47, 12.7), ("masking.py", 354, 42, 12.5), ("model.py", 388, 43, 12.6),
+    ("data.py", 1245, 47, 12.7), ("masking.py", 355, 42, 12.5), ("model.py", 388, 43, 12.6),
     ("train_mlm.py", 454, 48, 12), ("train_ar.py", 522, 47.5, 12.5)])
 def test_the_files_stay_small_and_plain(name, lines, characters, tokens):
     """Lines of the file; characters and tokens a line of code; lines of a function."""
@@ -983,7 +983,7 @@ def test_levels_beyond_the_train_rows_are_filled_between_neighbours_and_go_on(tm
     frame = pd.DataFrame({"day": pd.date_range("2020-01-01", periods=300), "cases": level.round()})
     frame.loc[holes, "cases"] = np.nan
     assert (fill(frame, tmp_path)["cases"] / level)[holes].between(0.8, 1.2).all()
-    assert (forecast(frame, tmp_path, 3)["cases"].astype(float) / level[-1]).between(0.7, 1.6).all()
+    assert (forecast(frame, tmp_path, 3)["cases"].astype(float) / level[-1]).between(0.9, 1.2).all()
 
 def test_rows_without_a_stamp_stay_and_say_nothing(tmp_path, capsys):
     frame = pd.DataFrame({"t": HOURS.astype(str), "x": np.arange(120.0)})
