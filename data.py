@@ -414,7 +414,6 @@ MANNERS = [("$^", ""), (r"(?<![\d:.])0(\d)", r"\1"), (r"(?<!\d)0(\d)(?=\.)", r"\
            (r"([+-]\d\d)(\d\d)$", r"\1:\2"), (r"(\.\d{3})000$", r"\1"), (r"(\.\d{3})000\+0000$", r"\1Z")]
 
 
-
 def parse_stamps(text, pattern):
     """Text as time stamps, missing where it does not read as this pattern."""
     if pattern in ("s", "ms"):
@@ -431,7 +430,7 @@ def parse_stamps(text, pattern):
 
 
 def guess_patterns(words):
-    """Patterns by which the first and the last of these words, a Series, read."""
+    """Patterns that may fit these words, a Series: by what all look like, or by the first and the last."""
     for pattern, looks in NUMBER_PATTERNS.items():
         if words.str.fullmatch(looks).all():
             return [pattern]
@@ -507,8 +506,9 @@ def time_step(stamps):
     """The step by which stamps go on: months, business days and the like by name, else the median."""
     stamps = stamps.dropna().drop_duplicates().sort_values()
     if is_datetime64_any_dtype(stamps) and len(stamps) > 2:
-        for end in range(len(stamps), max(2, len(stamps) - 40), -1):    # a holiday spoils a stretch of twelve
-            offset = pd.infer_freq(stamps.iloc[max(0, end - 12):end])
+        some = min(12, len(stamps))                         # of the last rows; a holiday spoils a stretch
+        for end in range(len(stamps), max(some - 1, len(stamps) - 40), -1):
+            offset = pd.infer_freq(stamps.iloc[end - some:end])
             if offset and "bh" not in offset.lower():       # business hours: whose?
                 return pd.tseries.frequencies.to_offset(offset)
         days = stamps.diff().median() / pd.Timedelta(days=1)
@@ -597,8 +597,7 @@ def read_text(table, args):
     for name, ratio in table.unlike.items():
         if ratio > 1000:                                    # the small ones would drown
             fail(f"{args.data}: {name!r} varies a thousand times more in some groups: give each a file")
-    text = read_raw(args, dtype=str, keep_default_na=False)
-    text = text.astype("string").fillna("")
+    text = read_raw(args, dtype=str, keep_default_na=False).astype("string").fillna("")
     text.columns = list(table.kinds)
     if args.regular:
         absent = table.keys.index >= len(text)
@@ -732,6 +731,7 @@ def write_text(path, text, lines, args):
 
 
 def write_csv(path, frame, options):
+    """A DataFrame as a .csv or .csv.gz, whole or not at all."""
     if path.endswith(".gz"):
         options["compression"] = "gzip"                     # the name ends in .tmp until all is on disk
     replace_file(path, lambda beside: frame.to_csv(beside, **options))
@@ -1231,7 +1231,7 @@ def describe(table, args):
         segments = table.segments[split]
         print(f"{split}: {int(segments.diff(dim=1).sum()):,} rows, {len(segments)} sequence(s), "
               f"{len(table.starts(split, table.seq_len)):,} windows of {table.seq_len} rows side by side")
-    print(f"holes are {default_span(table):.3g} rows long on average: --mask_span")
+    print(f"--mask_span is {default_span(table):.3g} rows: as long as the holes, or 12 if these are too few")
     for hint in find_hints(table, args):
         print("hint:", hint)
 
