@@ -9,6 +9,7 @@ says so. Everything downstream relies on that one promise. The words (B, T, N, K
 defined at the top of model.py.
 """
 import argparse
+import io
 import os
 import re
 import sys
@@ -19,7 +20,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 import torch
-from pandas.api.types import infer_dtype, is_datetime64_any_dtype, is_numeric_dtype
+from pandas.api.types import is_datetime64_any_dtype, is_numeric_dtype
 from pandas.tseries.api import guess_datetime_format
 
 SENTINEL = 1e30                     # files write "no reading" as -1.18e42; nothing we measure is that big
@@ -119,16 +120,19 @@ def load_table(args, frame=None, schema=None):
     if frame is None:
         frame = read_frame(args)
     frame = frame.reset_index(drop=True)                    # rows are known by their number alone
+    texts = frame.select_dtypes(exclude="number").columns
+    frame = frame.astype(dict.fromkeys(texts, "string"))    # dates and true/false as in a .csv
     kinds = infer_kinds(frame, args)
     columns, pattern, stamps = read_time(frame, kinds, args)
     keys = pd.DataFrame({"group": "", "time": stamps})      # whose row it is, and of when
     for name in kinds:
         if kinds[name] == "group":
-            keys["group"] = labels(frame[name]).fillna("")
+            keys["group"] = frame[name].astype("string").fillna("")
     # rows without a time are of no group: they come last, and belong to no sequence
     keys["group"] = keys["group"].where(keys["time"].notna())
     if keys["group"].isna().all():
         fail(f"{args.data}: no row has a time in {' '.join(columns)!r} (--time_col)")
+    frame = read_cells(frame, kinds, schema, args)
     if args.regular:
         frame, keys = insert_absent_rows(frame, keys, args)
     keys = keys.sort_values(["group", "time"])              # equal times keep their order
@@ -140,46 +144,37 @@ def load_table(args, frame=None, schema=None):
     for start, end in segments["train"].tolist():
         is_train[start:end] = True
     if schema is None:
-        schema = fit_schema(frame, kinds, keys["time"], is_train, args)
-    numeric, categorical, observed = encode(frame, schema, args)
+        schema = fit_schema(frame, keys["time"], is_train, args)
+    numeric, categorical, observed = encode(frame, schema)
     return Table(schema=schema, numeric=numeric, categorical=categorical, observed=observed,
                  clock=time_features(keys["time"], schema.cycles, args), time=median_steps(keys),
                  keys=keys, time_columns=columns, pattern=pattern, kinds=kinds, seq_len=seq_len,
-                 segments=segments, unlike=compare_groups(frame, keys, schema, args))
+                 segments=segments, unlike=compare_groups(frame, keys, schema))
 
 
-def encode(frame, schema, args):
-    """DataFrame -> numeric (rows, N), categorical (rows, K), observed (rows, F), in which no cell is NaN."""
-    N = len(schema.numeric)
+def encode(frame, schema):
+    """DataFrame of `read_cells` -> numeric (rows, N), categorical (rows, K), observed (rows, F): from here on
+    no cell is NaN."""
     names = schema.numeric + schema.categorical
-    numeric = np.zeros((len(frame), N), np.float32)
-    categorical = np.zeros((len(frame), len(names) - N), np.int32)
-    observed = np.zeros((len(frame), len(names)), bool)
-    for name in names:
-        if name not in frame:
-            fail(f"{args.data}: there is no column {name!r}, which the checkpoint was trained on")
+    numeric = np.zeros((len(frame), len(schema.numeric)), np.float32)
+    categorical = np.zeros((len(frame), len(schema.categorical)), np.int32)
+    observed = frame[names].notna().to_numpy(copy=True)
     for j, name in enumerate(schema.numeric):
-        x = read_numbers(frame[name], args)                 # float64, NaN where there is none
-        observed[:, j] = ~np.isnan(x)
-        scaled = (x - schema.center[j]) / schema.scale[j]
-        scaled = np.clip(scaled, -1e9, 1e9)                 # so that squares are finite
-        numeric[:, j] = np.where(observed[:, j], scaled, 0.0)
+        scaled = (frame[name] - schema.center[j]) / schema.scale[j]
+        numeric[:, j] = scaled.clip(-1e9, 1e9).fillna(0.0)              # so that squares are finite
     for k, name in enumerate(schema.categorical):
-        text = labels(frame[name])
-        observed[:, N + k] = text.notna()
-        code = pd.Index(schema.vocabulary[k], dtype="str").get_indexer(text)    # -1: not in train, UNK_ID
-        categorical[:, k] = np.where(text.notna(), code + 2, NO_ID)
+        code = pd.Index(schema.vocabulary[k], dtype="str").get_indexer(frame[name])     # -1: not in train
+        categorical[:, k] = np.where(frame[name].notna(), code + 2, NO_ID)
     return torch.from_numpy(numeric), torch.from_numpy(categorical), torch.from_numpy(observed)
 
 
-def fit_schema(frame, kinds, stamps, is_train, args):
+def fit_schema(frame, stamps, is_train, args):
     """Scales, vocabularies and cycles, from the rows where is_train, (rows,) bool, is True alone."""
-    numeric = [name for name in kinds if kinds[name] == "numeric"]
-    categorical = [name for name in kinds if kinds[name] == "categorical"]
+    numeric = frame.select_dtypes("number").columns.tolist()
+    categorical = frame.columns.difference(numeric, sort=False).tolist()
     schema = Schema(numeric, categorical, center=[], scale=[], vocabulary=[], learnt=[], cycles=[])
     for name in numeric:
-        x = read_numbers(frame[name], args)[is_train]
-        x = x[~np.isnan(x)]
+        x = frame[name][is_train].dropna().to_numpy()
         schema.learnt.append(len(x) > 0)
         if len(x) == 0:
             x = np.zeros(1)
@@ -192,7 +187,7 @@ def fit_schema(frame, kinds, stamps, is_train, args):
         schema.scale.append(scale)
     for name in categorical:
         # commonest first, so that id 2 is what one would guess without a model; then by name
-        count = labels(frame[name])[is_train].value_counts().sort_index()
+        count = frame[name][is_train].value_counts().sort_index()
         count = count.sort_values(ascending=False, kind="stable")
         schema.vocabulary.append(count.index.tolist())
         schema.learnt.append(len(count) > 0)
@@ -290,22 +285,18 @@ NAMED_TIME = r"(?i)(?:\b|_)(?:time|date|datum|epoch|year|month)|stamp|zeit"     
 
 
 def read_raw(args, **options):
-    """The table as a DataFrame, by pandas; whatever cannot be read ends in one sentence."""
+    """A file as a DataFrame of text, by pandas; a simulation as it is. What cannot be read ends in one
+    sentence."""
     if args.data in SIMULATIONS:
         return SIMULATIONS[args.data]()
     try:
-        if args.data.endswith(".parquet"):
-            frame = pd.read_parquet(args.data)
+        source = args.data
+        if source.endswith(".parquet"):                     # is read as the .csv that pandas would write
+            frame = pd.read_parquet(source)
             named = any(frame.index.names) or isinstance(frame.index, pd.DatetimeIndex)
-            frame = frame.reset_index(drop=not named)       # dates may stand there
-            for name in frame.select_dtypes("timedelta"):   # a duration is a number, of seconds
-                frame[name] = frame[name].dt.total_seconds()
-            return frame
-        options.update(sep=args.sep, encoding=args.encoding, skiprows=args.skiprows, low_memory=False)
-        frame = pd.read_csv(args.data, **options)
-        if frame.shape[1] == 1:                             # a blank line is a hole, of this one column
-            frame = pd.read_csv(args.data, skip_blank_lines=False, **options)
-        return frame
+            source = io.StringIO(frame.to_csv(index=named, sep=args.sep, decimal=args.decimal))
+        return pd.read_csv(source, dtype=str, sep=args.sep, encoding=args.encoding, skiprows=args.skiprows,
+                           skip_blank_lines=False, **options)
     except FileNotFoundError:
         fail(f"{args.data}: no such file (--data takes a path or one of: {', '.join(SIMULATIONS)})")
     except Exception as e:      # foreign files raise anything: half a .gz, another encoding, no pyarrow ...
@@ -314,24 +305,32 @@ def read_raw(args, **options):
 
 
 def read_frame(args):
-    """The table as a DataFrame of at least one row. Columns that look like dates or codes stay text."""
-    head = read_raw(args, dtype=str, nrows=200)
-    codes = [name for name in head if is_code(head[name]) or looks_like_time(head[name])]
-    frame = read_raw(args, dtype=dict.fromkeys(codes, str), decimal=args.decimal, thousands=args.thousands,
-                     na_values=MISSING + args.na_values)
-    frame.columns = [str(name) for name in frame.columns]
+    """The table as a DataFrame of at least one row, with NaN for what is missing."""
+    frame = read_raw(args, na_values=MISSING + args.na_values)
     if len(frame) == 0:
         fail(f"{args.data}: the table has no rows")
     if frame.shape[1] == 1 and re.search("[;|\t]", frame.columns[0]):
         fail(f"{args.data}: one column called {frame.columns[0]!r}: another separator? --sep ';'")
-    if frame.index.nlevels > 1 or has_row_names(frame) and frame.iloc[:, -1].isna().all():
-        fail(f"{args.data}: its rows have more cells than its header has names (--skiprows leaves lines out)")
+    if not isinstance(frame.index, pd.RangeIndex):          # pandas takes the first cells for names of rows
+        fail(f"{args.data}: its rows have more cells than its header has names: give each column one, or "
+             "leave out lines above the header (--skiprows)")
     return frame
 
 
-def is_code(column):
-    """Has it leading zeros? Then it is no number: 007 is not 7."""
-    return column.dropna().iloc[:1000].astype(str).str.fullmatch(r"0\d+").any()
+def read_cells(frame, kinds, schema, args):
+    """The columns to learn, of kinds or of the schema of a checkpoint: numbers as float64, categories as
+    text, NaN where there is no value."""
+    names = {kind: [name for name in kinds if kinds[name] == kind] for kind in ("numeric", "categorical")}
+    if schema:
+        names = {"numeric": schema.numeric, "categorical": schema.categorical}
+    cells = {}
+    for name in names["numeric"] + names["categorical"]:
+        if name not in frame:
+            fail(f"{args.data}: there is no column {name!r}, which the checkpoint was trained on")
+        cells[name] = frame[name].astype("string")
+    for name in names["numeric"]:
+        cells[name] = read_numbers(frame[name], args)
+    return pd.DataFrame(cells, frame.index)
 
 
 def looks_like_time(column):
@@ -367,13 +366,13 @@ def infer_kinds(frame, args):
 
 def infer_kind(column, args):
     """The kind of a column that no flag speaks of."""
-    if infer_dtype(column) in ("boolean", "categorical"):
-        return "categorical"                                # True with holes has dtype object, not bool
-    if is_datetime64_any_dtype(column) or looks_like_time(column):
-        return SECOND_TIME if args.time_col else "time"
     words = column.dropna()
-    if not is_code(words) and np.isnan(read_numbers(words, args, np.inf)).sum() <= 0.1 * len(words):
-        return "numeric"                                    # a "Bad" among numbers is a missing number
+    if looks_like_time(words):
+        return SECOND_TIME if args.time_col else "time"
+    # 007 is no number, for it is not 7; a "Bad" among numbers is a missing number
+    is_code = not is_numeric_dtype(words) and words.str.fullmatch(r"0\d+").any()
+    if not is_code and np.isnan(read_numbers(words, args, np.inf)).sum() <= 0.1 * len(words):
+        return "numeric"
     named = re.search(NAMED_TIME, str(column.name)) and not args.time_col
     if named and words.nunique() > len(words) / 2 and words.astype(str).str.contains(r"\d").all():
         return "time"                                       # in a language of its own: will be refused
@@ -384,17 +383,12 @@ def infer_kind(column, args):
 
 def read_numbers(column, args, largest=SENTINEL):
     """A column as float64, NaN where it is no number or a larger one: in float32 -1.18e42 would be -inf."""
-    if infer_dtype(column) == "string":                     # one word makes all of them text
+    if not is_numeric_dtype(column):
         column = column.str.replace(args.thousands or "\0", "", regex=False)
         column = column.str.replace(args.decimal, ".", regex=False)
     x = pd.to_numeric(column, errors="coerce").to_numpy(dtype=np.float64, na_value=np.nan, copy=True)
     x[~(np.abs(x) <= largest)] = np.nan                     # `not <=` catches nan, inf and sentinel in one go
     return x
-
-
-def labels(column):
-    """A column as text, missing where it was missing; 1.0 in an integer column with holes reads "1"."""
-    return column.convert_dtypes().astype("string").astype(object)
 
 
 # ---- time
@@ -443,7 +437,7 @@ def guess_patterns(words):
 
 def read_columns(frame, columns, args):
     """Columns, joined by a blank: the pattern that fits, or with the most even steps, or None; and stamps."""
-    parts = [labels(frame[name]).str.strip() for name in columns]
+    parts = [frame[name].astype("string").str.strip() for name in columns]
     text = parts[0].str.cat(parts[1:], sep=" ")
     words = text.dropna()
     if args.time_format:
@@ -488,8 +482,6 @@ def read_time(frame, kinds, args):
         columns = [name for name in columns if name.lower() in YMD or frame[name].nunique() > 1] or columns
         kinds.update(dict.fromkeys(columns, "time"))
     first = frame[columns[0]]
-    if len(columns) == 1 and is_datetime64_any_dtype(first):
-        return columns, "as it is", first                   # is written as pandas does
     numbers = pd.Series(read_numbers(first, args), first.index)
     is_number = numbers.count() == first.count() and not looks_like_time(first)
     if len(columns) == 1 and is_number and not args.time_format:
@@ -547,14 +539,11 @@ def even_keys(keys):
     return known, pd.concat(every)
 
 
-def compare_groups(frame, keys, schema, args):
+def compare_groups(frame, keys, schema):
     """{numeric column: how many times more it varies in one group than in another}."""
-    ratios = {}
-    for name in schema.numeric:
-        groups = pd.Series(read_numbers(frame[name], args)).groupby(keys["group"].to_numpy())
-        spread = groups.max() - groups.min()                # in float64: a small group is not rounded away
-        ratios[name] = spread.max() / spread[spread > 0].min()
-    return ratios
+    groups = frame[schema.numeric].groupby(keys["group"].to_numpy())
+    spread = groups.max() - groups.min()                    # in float64: a small group is not rounded away
+    return (spread.max() / spread[spread > 0].min()).to_dict()
 
 
 def insert_absent_rows(frame, keys, args):
@@ -597,7 +586,7 @@ def read_text(table, args):
     for name, ratio in table.unlike.items():
         if ratio > 1000:                                    # the small ones would drown
             fail(f"{args.data}: {name!r} varies a thousand times more in some groups: give each a file")
-    text = read_raw(args, dtype=str, keep_default_na=False).astype("string").fillna("")
+    text = read_raw(args, keep_default_na=False).astype("string").fillna("")
     text.columns = list(table.kinds)
     if args.regular:
         absent = table.keys.index >= len(text)
@@ -620,12 +609,10 @@ def spell(table, name, values, text, args, forecast):
     (a forecast: not below 0 where it never is), whole where it is whole; categories as it spells them."""
     schema = table.schema
     seen = table.observed[:, (schema.numeric + schema.categorical).index(name)].numpy()
-    own = text[name].iloc[table.keys.index[seen]].str.strip()                   # the column's own cells
     if name in schema.categorical:
-        k = schema.categorical.index(name)
-        words = pd.Series(dict(enumerate(schema.vocabulary[k], start=2)), dtype=object)
-        words.update(own.groupby(table.categorical[seen, k].numpy()).first())   # as this file spells them
-        return words.reindex(values.numpy()).to_numpy()
+        words = schema.vocabulary[schema.categorical.index(name)]
+        return np.array(["", "", *words], dtype=object)[values.long().numpy()]
+    own = text[name].iloc[table.keys.index[seen]].str.strip()                   # the column's own cells
     j = schema.numeric.index(name)
     x = values.double().numpy() * schema.scale[j] + schema.center[j]
     numbers = read_numbers(own, args)
@@ -674,8 +661,6 @@ def new_rows(table, text, like, stamps, args):
     rows `like` of the table."""
     rows = text.iloc[table.keys.index[like]].copy()
     rows.loc[:, [name for name in text if table.kinds[name] != "group"]] = ""
-    if has_row_names(text):
-        rows.index = [""] * len(rows)                       # nobody has named them yet
     if len(rows) == 0:
         return rows
     known = table.keys["time"].dropna()
@@ -683,10 +668,8 @@ def new_rows(table, text, like, stamps, args):
     patterns = table.pattern.rsplit(" ", len(table.time_columns) - 1)
     for name, pattern in zip(table.time_columns, patterns):
         own = text[name].iloc[known.index].str.strip().set_axis(known.index)
-        if is_numeric_dtype(stamps) and pattern == "as it is":
+        if pattern == "as it is":
             rows[name] = number_text(stamps.to_numpy(np.float64), own, args)
-        elif pattern == "as it is":                         # a midnight has its hour if the others do
-            rows[name] = pd.concat([known, stamps]).astype(str).to_numpy()[len(known):]
         else:
             fitting = [manner for manner in MANNERS if (stamp_text(known, pattern, manner) == own).all()]
             if not fitting:
@@ -694,11 +677,6 @@ def new_rows(table, text, like, stamps, args):
                      f"{own.iloc[-1]!r}): --time_format, or a column in one format")
             rows[name] = stamp_text(stamps, pattern, fitting[0]).to_numpy()
     return rows
-
-
-def has_row_names(text):
-    """Where the header has a name less than there are columns pandas makes the first an index of text."""
-    return text.index.dtype.kind != "i"
 
 
 def next_rows(table, text, steps, args):
@@ -718,10 +696,9 @@ def next_rows(table, text, steps, args):
 
 def write_text(path, text, lines, args):
     """A DataFrame of text as the file is written, and the lines of --intervals, DataFrames."""
-    options = {"index": has_row_names(text), "index_label": False, "sep": args.sep, "encoding": args.encoding}
-    if args.data not in SIMULATIONS and not args.data.endswith(".parquet"):
-        # pandas renames columns that are called alike or not at all
-        header = read_raw(args, header=None, nrows=1, dtype=str, keep_default_na=False)
+    options = {"index": False, "sep": args.sep, "encoding": args.encoding}
+    if args.data not in SIMULATIONS:                        # pandas renames columns called alike or not at all
+        header = read_raw(args, header=None, nrows=1, keep_default_na=False)
         options["header"] = header.iloc[0].tolist()
     write_csv(path, text, options)
     if args.intervals:
@@ -997,14 +974,6 @@ def number(kind, low, high=2.0 ** 53, inside=False):
     return parse
 
 
-def character(text):
-    """An argparse type: pandas takes a longer separator for a pattern, and could not write it."""
-    text = text.replace("\\t", "\t")
-    if len(text) != 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not one character")
-    return text
-
-
 def make_parser(doc, script, source):
     """A parser with the flags that say what the table is, for this file and the two training scripts."""
     # no config files: `--help` is the documentation, and a misspelt flag is an error
@@ -1014,13 +983,13 @@ def make_parser(doc, script, source):
                                      formatter_class=Formatter, allow_abbrev=False)
     add = parser.add_argument
     add("--data", default=source, help=f".csv, .csv.gz, .parquet, or simulated: {', '.join(SIMULATIONS)}")
-    add("--sep", type=character, default=",", help="between cells")
-    add("--decimal", type=character, default=".", help="point or comma")
-    add("--thousands", type=character, help="between groups of three digits")
+    tab = lambda text: text.replace("\\t", "\t")
+    add("--sep", type=tab, choices=list(",;\t| "), default=",", help="between cells")
+    add("--decimal", choices=[".", ","], default=".", help="point or comma")
+    add("--thousands", choices=[",", ".", " ", "'"], help="between groups of three digits")
     add("--encoding", default="utf-8", help="of a .csv")
     add("--skiprows", type=int, nargs="+", help="lines to leave out; the first is 0")
     add("--na_values", nargs="+", default=[], help="more words for a missing cell")
-    add("--read_csv", choices=["--sep", "--decimal", "--skiprows", "--na_values"], help="is gone; use these")
     add("--time_col", nargs="+", default=[], help="to sort by; several are joined: Date Time")
     add("--time_format", help="such as '%%d.%%m.%%Y %%H:%%M' (None: found out)")
     add("--regular", action="store_true", help="a row of holes for each step that is absent")
