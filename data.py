@@ -450,21 +450,20 @@ def read_columns(frame, columns, args):
     patterns = [p for p in patterns if parse_stamps(some, p).notna().all()]
     best = None
     best_stamps = None
-    merit = (-1.0, 0.0)
+    most_even = -1.0
     for pattern in patterns:
         stamps = parse_stamps(text, pattern)
         if stamps.count() < len(words):                     # some do not read so
             continue
         steps = stamps.drop_duplicates().sort_values().diff().dropna()
         even = (steps - steps.median()).abs() <= 0.15 * steps.median()          # months differ
-        rank = (even.mean(), -steps.sum() / steps.median())     # of two as even the shorter time
-        undecided = rank == merit or rank[0] == merit[0] == 1   # twelve days, or twelve months
-        if undecided and not stamps.equals(best_stamps):
+        even = even.mean()
+        if even == most_even and not stamps.equals(best_stamps):        # twelve days, or twelve months
             fail(f"{args.data}: {columns} reads as {best!r} and as {pattern!r}: which one? --time_format")
-        if best is None or rank > merit:
+        if best is None or even > most_even:
             best = pattern
             best_stamps = stamps
-            merit = rank
+            most_even = even
     return best, best_stamps
 
 
@@ -495,18 +494,24 @@ def read_time(frame, kinds, args):
 
 
 def time_step(stamps):
-    """The step by which stamps go on: months, business days and the like by name, else the median."""
+    """The step by which stamps go on: working days, months and the like as such, else the median."""
     stamps = stamps.dropna().drop_duplicates().sort_values()
-    if is_datetime64_any_dtype(stamps) and len(stamps) > 2:
-        some = min(12, len(stamps))                         # of the last rows; a holiday spoils a stretch
-        for end in range(len(stamps), max(some - 1, len(stamps) - 40), -1):
-            offset = pd.infer_freq(stamps.iloc[end - some:end])
-            if offset and "bh" not in offset.lower():       # business hours: whose?
-                return pd.tseries.frequencies.to_offset(offset)
-        days = stamps.diff().median() / pd.Timedelta(days=1)
-        if days > 27 and stamps.dt.day.nunique() == 1:      # the 15th of each month
+    step = stamps.diff().median()
+    if not is_datetime64_any_dtype(stamps) or len(stamps) < 3:
+        return step
+    days = step / pd.Timedelta(days=1)
+    share = stamps.dt.day_of_week.value_counts(normalize=True).reindex(range(7), fill_value=0.0)
+    if days == 1 and share.min() < 0.02 and len(stamps) > 14:           # shut on Sundays
+        return pd.offsets.CustomBusinessDay(weekmask=tuple(share > 0.02))
+    if days > 27:
+        if stamps.dt.day.nunique() == 1:                    # the 15th of each month
             return pd.DateOffset(months=round(days / 30.4))
-    return stamps.diff().median()
+        if stamps.dt.is_month_end.all():
+            return pd.offsets.MonthEnd(round(days / 30.4))
+        named = pd.infer_freq(stamps.iloc[-12:])            # the last Friday of each month
+        if named:
+            return pd.tseries.frequencies.to_offset(named)
+    return step
 
 
 def median_steps(keys):
@@ -562,7 +567,7 @@ def check_target(flag, path, *others):
     """Before minutes of training: can a result be written to `path`, if there is one, without harm?"""
     if path is None:
         return
-    folder = os.path.dirname(path) or "."                   # path.tmp is renamed: the folder must allow it
+    folder = os.path.dirname(path) or "."                   # a file beside is renamed: it must allow that
     writable = os.access(folder, os.W_OK) and not os.path.isdir(path)
     taken = [os.path.realpath(other) for other in others if other]
     if os.path.realpath(path) in taken or not writable or not path.endswith((".csv", ".csv.gz")):
@@ -571,13 +576,15 @@ def check_target(flag, path, *others):
 
 def replace_file(path, write):
     """Write beside the file, then rename: whoever kills us finds the old file or the new one, never half."""
+    folder, name = os.path.split(path)
+    beside = os.path.join(folder, f"tmp.{name}")            # ends as the file: pandas compresses a .gz
     try:
-        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-        write(path + ".tmp")
-        os.replace(path + ".tmp", path)                     # on one disk this happens whole or not at all
+        os.makedirs(folder or ".", exist_ok=True)
+        write(beside)
+        os.replace(beside, path)                            # on one disk this happens whole or not at all
     except (OSError, RuntimeError) as e:                    # RuntimeError: torch, where the disk is full
-        if os.path.exists(path + ".tmp"):
-            os.remove(path + ".tmp")
+        if os.path.exists(beside):
+            os.remove(beside)
         fail(f"{path} cannot be written ({str(e).splitlines()[0]}); what was there before is kept")
 
 
@@ -700,18 +707,11 @@ def write_text(path, text, lines, args):
     if args.data not in SIMULATIONS:                        # pandas renames columns called alike or not at all
         header = read_raw(args, header=None, nrows=1, keep_default_na=False)
         options["header"] = header.iloc[0].tolist()
-    write_csv(path, text, options)
+    replace_file(path, lambda beside: text.to_csv(beside, **options))
     if args.intervals:
         lines = pd.concat([pd.DataFrame(), *lines])         # there may be none
-        write_csv(args.intervals, lines, {"index": False})
+        replace_file(args.intervals, lambda beside: lines.to_csv(beside, index=False))
     print("wrote", path, args.intervals or "")
-
-
-def write_csv(path, frame, options):
-    """A DataFrame as a .csv or .csv.gz, whole or not at all."""
-    if path.endswith(".gz"):
-        options["compression"] = "gzip"                     # the name ends in .tmp until all is on disk
-    replace_file(path, lambda beside: frame.to_csv(beside, **options))
 
 
 # ---- two simulated tables, and a tiny one
@@ -913,10 +913,7 @@ def draw_lines(path, frame, xlabel, ylabel):
     """A line for each column of a frame over its index, on a logarithmic scale: errors differ by factors."""
     figure, axes = new_figure(path, 1, 1, (7, 4))
     for axis in axes:
-        for name in frame:
-            axis.plot(frame.index, frame[name], marker=".", color=COLORS[name], label=name)
-        axis.set(yscale="log", xlabel=xlabel, ylabel=ylabel)
-        axis.legend(frameon=False)
+        frame.plot(ax=axis, logy=True, marker=".", color=COLORS, xlabel=xlabel, ylabel=ylabel)
         figure.savefig(path, dpi=120)
 
 
