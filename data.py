@@ -57,7 +57,7 @@ class Schema:
 
     def vocab_sizes(self):
         """V_k of each categorical column; one without a label is guessed as id 2."""
-        return [2 + max(1, len(labels)) for labels in self.vocabulary]
+        return [2 + max(1, len(labels)) for labels in self.vocabulary]  # 2: missing and [UNK]
 
 
 @dataclass
@@ -95,14 +95,14 @@ class Table:
         n_offsets = (end - start - self.seq_len + 1).clamp(min=1)               # a short sequence has one
         # number the offsets of all sequences, one after the other, and draw among the numbers
         before = n_offsets.cumsum(0) - n_offsets
-        number = torch.randint(int(n_offsets.sum()), (batch_size,), generator=generator)
+        number = torch.randint(int(n_offsets.sum()), (batch_size,), generator=generator)  # (B,)
         sequence = torch.searchsorted(before, number, right=True) - 1           # (B,)
         return torch.stack([start[sequence] + number - before[sequence], end[sequence]], dim=1)
 
     def batch(self, windows):
         """(B, 2) windows of `starts` or `sample` -> Batch, padded on the right where a sequence ends."""
         rows = windows[:, :1] + torch.arange(self.seq_len)                      # (B, T)
-        valid = rows < windows[:, 1:]
+        valid = rows < windows[:, 1:]                       # (B, T)
         rows = torch.minimum(rows, windows[:, 1:] - 1)              # padding: zeroed below, but for its time
         real = valid[..., None]                                                 # (B, T, 1)
         time = self.time[rows]
@@ -118,12 +118,12 @@ def load_table(args, frame=None, schema=None):
     """args: the flags of `make_parser`; frame: a DataFrame to use instead of args.data; schema: of a
     checkpoint, and then nothing is learned from this file. Returns a Table."""
     if frame is None:
-        frame = read_frame(args)
+        frame = read_frame(args)                            # text, NaN where nothing is
     frame = frame.reset_index(drop=True)                    # rows are known by their number alone
     texts = frame.select_dtypes(exclude="number").columns
     frame = frame.astype(dict.fromkeys(texts, "string"))    # dates and true/false as in a .csv
-    kinds = infer_kinds(frame, args)
-    columns, pattern, stamps = read_time(frame, kinds, args)
+    kinds = infer_kinds(frame, args)                        # what each column is taken for
+    columns, pattern, stamps = read_time(frame, kinds, args)        # or the numbers of the rows
     keys = pd.DataFrame({"group": "", "time": stamps})      # whose row it is, and of when
     for name in kinds:
         if kinds[name] == "group":
@@ -132,20 +132,20 @@ def load_table(args, frame=None, schema=None):
     keys["group"] = keys["group"].where(keys["time"].notna())
     if keys["group"].isna().all():
         fail(f"{args.data}: no row has a time in {' '.join(columns)!r} (--time_col)")
-    frame = read_cells(frame, kinds, schema, args)
+    frame = read_cells(frame, kinds, schema, args)          # from here on what is to be learnt, alone
     if args.regular:
         frame, keys = insert_absent_rows(frame, keys, args)
     keys = keys.sort_values(["group", "time"])              # equal times keep their order
     if not keys.index.is_monotonic_increasing:              # one in order need not be copied
         frame = frame.iloc[keys.index]
-    lengths = keys["group"].value_counts(sort=False).to_numpy()
-    seq_len, segments = split_rows(lengths, args, schema)
+    lengths = keys["group"].value_counts(sort=False).to_numpy()     # rows of each group
+    seq_len, segments = split_rows(lengths, args, schema)   # T: --seq_len, or less
     is_train = np.zeros(len(frame), bool)                   # the rows that statistics may be taken from
     for start, end in segments["train"].tolist():
         is_train[start:end] = True
     if schema is None:
         schema = fit_schema(frame, keys["time"], is_train, args)
-    numeric, categorical, observed = encode(frame, schema)
+    numeric, categorical, observed = encode(frame, schema)  # the last of NaN
     return Table(schema=schema, numeric=numeric, categorical=categorical, observed=observed,
                  clock=time_features(keys["time"], schema.cycles, args), time=median_steps(keys),
                  keys=keys, time_columns=columns, pattern=pattern, kinds=kinds, seq_len=seq_len,
@@ -155,12 +155,12 @@ def load_table(args, frame=None, schema=None):
 def encode(frame, schema):
     """DataFrame of `read_cells` -> numeric (rows, N), categorical (rows, K), observed (rows, F): from here on
     no cell is NaN."""
-    names = schema.numeric + schema.categorical
-    numeric = np.zeros((len(frame), len(schema.numeric)), np.float32)
+    names = schema.numeric + schema.categorical             # F of them, in this order everywhere
+    numeric = np.zeros((len(frame), len(schema.numeric)), np.float32)   # 0.0 where missing
     categorical = np.zeros((len(frame), len(schema.categorical)), np.int32)
     observed = frame[names].notna().to_numpy(copy=True)
     for j, name in enumerate(schema.numeric):
-        scaled = (frame[name] - schema.center[j]) / schema.scale[j]
+        scaled = (frame[name] - schema.center[j]) / schema.scale[j]     # in float64, NaN where missing
         numeric[:, j] = scaled.clip(-1e9, 1e9).fillna(0.0)              # so that squares are finite
     for k, name in enumerate(schema.categorical):
         code = pd.Index(schema.vocabulary[k], dtype="str").get_indexer(frame[name])     # -1: not in train
@@ -174,10 +174,10 @@ def fit_schema(frame, stamps, is_train, args):
     categorical = frame.columns.difference(numeric, sort=False).tolist()
     schema = Schema(numeric, categorical, center=[], scale=[], vocabulary=[], learnt=[], cycles=[])
     for name in numeric:
-        x = frame[name][is_train].dropna().to_numpy()
+        x = frame[name][is_train].dropna().to_numpy()       # a hole tells nothing about a scale
         schema.learnt.append(len(x) > 0)
         if len(x) == 0:
-            x = np.zeros(1)
+            x = np.zeros(1)                                 # center 0, scale 1: as good as any
         x = np.clip(x, *np.quantile(x, [0.001, 0.999]))     # one spike must not set the scale of all
         center = float(x.mean())
         scale = float(x.std())
@@ -192,7 +192,7 @@ def fit_schema(frame, stamps, is_train, args):
         schema.vocabulary.append(count.index.tolist())
         schema.learnt.append(len(count) > 0)
     if is_datetime64_any_dtype(stamps):
-        train = stamps[is_train]
+        train = stamps[is_train]                            # of all groups
         seconds = (train.max() - train.min()).total_seconds()
         # a cycle that the train rows have not seen twice tells dates apart, and is learnt by heart
         schema.cycles = [cycle for cycle in args.cycles if seconds >= 2 * CYCLES[cycle]]
@@ -206,7 +206,7 @@ def time_features(stamps, cycles, args):
     if cycles and not is_datetime64_any_dtype(stamps):
         fail(f"{args.data}: it has no time stamps, which the checkpoint was trained with (--time_col)")
     for i, cycle in enumerate(cycles):
-        midnight = pd.Timestamp("2000-01-01", tz=stamps.dt.tz)
+        midnight = pd.Timestamp("2000-01-01", tz=stamps.dt.tz)      # any will do, where the clock hangs
         angle = 2 * np.pi * (stamps - midnight).dt.total_seconds().fillna(0) / CYCLES[cycle]
         clock[:, i] = np.sin(angle)
         clock[:, len(cycles) + i] = np.cos(angle)
@@ -224,13 +224,13 @@ def step_generator(*key):
 
 def fail(message):
     """Bad input: one sentence on stderr, exit code 2, no traceback."""
-    print(f"error: {message}", file=sys.stderr)
+    print(f"error: {message}", file=sys.stderr)             # where argparse writes as well
     raise SystemExit(2)
 
 
 def split_ends(n, what, args):
     """--split -> after how many of n rows (or groups) train, val and test end."""
-    counts = args.split
+    counts = args.split                                     # --split 8640 2880 2880: as they are
     if sum(args.split) <= 1 + 1e-6:                         # fractions; of a few groups none gets nothing
         val = max(1, round(n * args.split[1]))
         test = max(1, round(n * args.split[2]))
@@ -244,7 +244,7 @@ def split_rows(lengths, args, schema=None):
     """T and the segments of Table. lengths: rows of each group, in row order. One or two are split by time,
     each. As the ETTh1 protocol has it (Zhou 2021), a val or test window may begin up to T rows before its
     part. More groups are split by group, shuffled with a fixed seed."""
-    end = np.cumsum(lengths)
+    end = np.cumsum(lengths)                                # of each group
     whole = torch.from_numpy(np.stack([end - lengths, end], axis=1))            # (groups, 2)
     if len(lengths) > 2:
         # not the first groups to train on: files are sorted, and the last wells are the newest
@@ -252,16 +252,16 @@ def split_rows(lengths, args, schema=None):
         a, b, c = split_ends(len(lengths), "groups", args)
         segments = {"train": whole[mixed[:a]], "val": whole[mixed[a:b]], "test": whole[mixed[b:c]]}
     else:
-        ends = np.array([[0, *split_ends(n, "rows", args)] for n in lengths])
+        ends = np.array([[0, *split_ends(n, "rows", args)] for n in lengths])   # of a group's own parts
         ends = torch.from_numpy(ends) + whole[:, :1]                            # (groups, 4)
         segments = {"train": ends[:, 0:2], "val": ends[:, 1:3], "test": ends[:, 2:4]}
     seq_len = args.seq_len
     if not schema:                                          # a checkpoint has its own T
         seq_len = min(seq_len, int(segments["train"].diff(dim=1).max()))
     if len(lengths) <= 2:
-        early = torch.tensor([seq_len, 0])
+        early = torch.tensor([seq_len, 0])                  # a start may move, an end may not
         for name in ("val", "test"):
-            segments[name] = torch.maximum(segments[name] - early, whole[:, :1])
+            segments[name] = torch.maximum(segments[name] - early, whole[:, :1])  # not into another group
     segments["all"] = whole
     return seq_len, segments
 
@@ -288,12 +288,12 @@ def read_raw(args, **options):
     """A file as a DataFrame of text, by pandas; a simulation as it is. What cannot be read ends in one
     sentence."""
     if args.data in SIMULATIONS:
-        return SIMULATIONS[args.data]()
+        return SIMULATIONS[args.data]()                     # the same in every run: the seed is fixed
     try:
         source = args.data
         if source.endswith(".parquet"):                     # is read as the .csv that pandas would write
             frame = pd.read_parquet(source)
-            named = any(frame.index.names) or isinstance(frame.index, pd.DatetimeIndex)
+            named = any(frame.index.names) or isinstance(frame.index, pd.DatetimeIndex)  # dates, likely
             source = io.StringIO(frame.to_csv(index=named, sep=args.sep, decimal=args.decimal))
         return pd.read_csv(source, dtype=str, sep=args.sep, encoding=args.encoding, skiprows=args.skiprows,
                            skip_blank_lines=False, **options)
@@ -307,7 +307,7 @@ def read_raw(args, **options):
 def read_frame(args):
     """The table as a DataFrame of at least one row, with NaN for what is missing."""
     frame = read_raw(args, na_values=MISSING + args.na_values)
-    if len(frame) == 0:
+    if len(frame) == 0:                                     # a header alone
         fail(f"{args.data}: the table has no rows")
     if frame.shape[1] == 1 and re.search("[;|\t]", frame.columns[0]):
         fail(f"{args.data}: one column called {frame.columns[0]!r}: another separator? --sep ';'")
@@ -323,40 +323,42 @@ def read_cells(frame, kinds, schema, args):
     names = {kind: [name for name in kinds if kinds[name] == kind] for kind in ("numeric", "categorical")}
     if schema:
         names = {"numeric": schema.numeric, "categorical": schema.categorical}
-    cells = {}
+    cells = {}                                              # column -> its values
     for name in names["numeric"] + names["categorical"]:
         if name not in frame:
             fail(f"{args.data}: there is no column {name!r}, which the checkpoint was trained on")
         cells[name] = frame[name].astype("string")
+    missing = pd.to_numeric(pd.Series(args.na_values, dtype=str), errors="coerce")
     for name in names["numeric"]:
-        cells[name] = read_numbers(frame[name], args)
+        x = read_numbers(frame[name], args)
+        cells[name] = np.where(np.isin(x, missing), np.nan, x)          # -999 is -999.00 as well
     return pd.DataFrame(cells, frame.index)
 
 
 def looks_like_time(column):
     """Do nine of ten of its values look like dates?"""
-    words = column.dropna().iloc[:1000].astype(str).str.strip().drop_duplicates()
+    words = column.dropna().iloc[:1000].astype(str).str.strip().drop_duplicates()  # enough to tell
     like = words.str.contains(DATE_LIKE)
-    if re.search(NAMED_TIME, str(column.name)):
+    if re.search(NAMED_TIME, str(column.name)):             # 1,700,000,000 may be a price as well
         like |= words.str.fullmatch(IF_NAMED)
     return len(words) > 0 and like.mean() >= 0.9
 
 
 def infer_kinds(frame, args):
     """{column: "time", "group", "numeric", "categorical" or "dropped: why"}. Flags win over inference."""
-    kinds = dict.fromkeys(frame.columns)
+    kinds = dict.fromkeys(frame.columns)                    # None: not known yet
     group = args.group_col or GROUPS.get(args.data)
     for kind, names in (("time", args.time_col), ("group", [group]), ("numeric", args.numeric_cols),
                         ("categorical", args.categorical_cols), ("dropped: --drop_cols", args.drop_cols)):
-        for name in filter(None, names):
+        for name in filter(None, names):                    # --group_col may be None
             if name not in kinds:
                 fail(f"{args.data}: there is no column {name!r}; it has {', '.join(list(kinds)[:12])}")
             kinds[name] = kind
-    parts = [name for name in kinds if name.lower() in YMD]
+    parts = [name for name in kinds if name.lower() in YMD]         # a year alone is a number
     if not args.time_col and {"year", "month", "day"} <= {name.lower() for name in parts}:
         kinds.update(dict.fromkeys(parts, "time"))
     for name in kinds:
-        kinds[name] = kinds[name] or infer_kind(frame[name], args)
+        kinds[name] = kinds[name] or infer_kind(frame[name], args)  # a flag has said it, or its values
         if name in args.numeric_cols and np.isnan(read_numbers(frame[name], args)).all():
             fail(f"{args.data}: no value of column {name!r} reads as a number (--numeric_cols)")
     if not {"numeric", "categorical"} & set(kinds.values()):
@@ -368,12 +370,12 @@ def infer_kind(column, args):
     """The kind of a column that no flag speaks of."""
     words = column.dropna()
     if looks_like_time(words):
-        return SECOND_TIME if args.time_col else "time"
+        return SECOND_TIME if args.time_col else "time"     # the user has chosen another
     # 007 is no number, for it is not 7; a "Bad" among numbers is a missing number
     is_code = not is_numeric_dtype(words) and words.str.fullmatch(r"0\d+").any()
     if not is_code and np.isnan(read_numbers(words, args, np.inf)).sum() <= 0.1 * len(words):
         return "numeric"
-    named = re.search(NAMED_TIME, str(column.name)) and not args.time_col
+    named = re.search(NAMED_TIME, str(column.name)) and not args.time_col   # such as Datum: 3. Mai 24
     if named and words.nunique() > len(words) / 2 and words.astype(str).str.contains(r"\d").all():
         return "time"                                       # in a language of its own: will be refused
     if words.nunique() > MAX_CATEGORIES:                    # each would have a class and a vector of its own
@@ -384,7 +386,7 @@ def infer_kind(column, args):
 def read_numbers(column, args, largest=SENTINEL):
     """A column as float64, NaN where it is no number or a larger one: in float32 -1.18e42 would be -inf."""
     if not is_numeric_dtype(column):
-        column = column.str.replace(args.thousands or "\0", "", regex=False)
+        column = column.str.replace(args.thousands or "\0", "", regex=False)    # first: it may be a point
         column = column.str.replace(args.decimal, ".", regex=False)
     x = pd.to_numeric(column, errors="coerce").to_numpy(dtype=np.float64, na_value=np.nan, copy=True)
     x[~(np.abs(x) <= largest)] = np.nan                     # `not <=` catches nan, inf and sentinel in one go
@@ -411,11 +413,11 @@ MANNERS = [("$^", ""), (r"(?<![\d:.])0(\d)", r"\1"), (r"(?<!\d)0(\d)(?=\.)", r"\
 def parse_stamps(text, pattern):
     """Text as time stamps, missing where it does not read as this pattern."""
     if pattern in ("s", "ms"):
-        return pd.to_datetime(pd.to_numeric(text, errors="coerce"), unit=pattern)
+        return pd.to_datetime(pd.to_numeric(text, errors="coerce"), unit=pattern)  # in UTC
     if pattern == "elapsed":
-        whole = text.where(text.str.count(":") == 2, text + ":00")
+        whole = text.where(text.str.count(":") == 2, text + ":00")  # 37:15 is 37 hours, not minutes
         return pd.to_timedelta(whole, errors="coerce").dt.total_seconds()
-    several_zones = "%z" in pattern and text.str[-6:].nunique() > 1
+    several_zones = "%z" in pattern and text.str[-6:].nunique() > 1     # winter +01:00, summer +02:00
     try:
         stamps = pd.to_datetime(text, format=pattern, errors="coerce", utc=several_zones)
     except ValueError as e:
@@ -428,8 +430,8 @@ def guess_patterns(words):
     for pattern, looks in NUMBER_PATTERNS.items():
         if words.str.fullmatch(looks).all():
             return [pattern]
-    guesses = list(OTHER_PATTERNS)
-    for word in words.iloc[[0, -1]]:
+    guesses = list(OTHER_PATTERNS)                          # then what pandas makes of a word:
+    for word in words.iloc[[0, -1]]:                        # one of them may be beyond the twelfth
         guesses += [guess_datetime_format(word), guess_datetime_format(word, dayfirst=True)]
     # nobody writes the year first and the month last, or points after the month first
     return [p for p in dict.fromkeys(guesses) if p and not re.match(r"%Y.%d|%m\.%d", p)]
@@ -437,11 +439,11 @@ def guess_patterns(words):
 
 def read_columns(frame, columns, args):
     """Columns, joined by a blank: the pattern that fits, or with the most even steps, or None; and stamps."""
-    parts = [frame[name].astype("string").str.strip() for name in columns]
+    parts = [frame[name].astype("string").str.strip() for name in columns]  # such as Date and Time
     text = parts[0].str.cat(parts[1:], sep=" ")
-    words = text.dropna()
+    words = text.dropna()                                   # missing where one of its parts is
     if args.time_format:
-        patterns = [args.time_format]
+        patterns = [args.time_format]                       # the user knows best
     elif len(columns) > 1 and {name.lower() for name in columns} <= YMD.keys():
         patterns = [" ".join(YMD[name.lower()] for name in columns)]
     else:
@@ -455,7 +457,7 @@ def read_columns(frame, columns, args):
         stamps = parse_stamps(text, pattern)
         if stamps.count() < len(words):                     # some do not read so
             continue
-        steps = stamps.drop_duplicates().sort_values().diff().dropna()
+        steps = stamps.drop_duplicates().sort_values().diff().dropna()  # in no order yet
         even = (steps - steps.median()).abs() <= 0.15 * steps.median()          # months differ
         even = even.mean()
         if even == most_even and not stamps.equals(best_stamps):        # twelve days, or twelve months
@@ -469,11 +471,11 @@ def read_columns(frame, columns, args):
 
 def read_time(frame, kinds, args):
     """The time columns, their pattern (see Table), and stamps or numbers, a Series; or a refusal."""
-    columns = args.time_col or [name for name in kinds if kinds[name] == "time"]
+    columns = args.time_col or [name for name in kinds if kinds[name] == "time"]  # in the file's order
     if args.time_format and not columns:
         fail(f"{args.data}: no column looks like time: --time_col says which, for --time_format")
     if not columns:                                         # the number of the row; a blank row has none
-        number = pd.Series(np.arange(len(frame), dtype=float), frame.index)
+        number = pd.Series(np.arange(len(frame), dtype=float), frame.index)     # a row a step
         blank = frame.isna().all(axis=1) & (frame.shape[1] > 1)
         return [], "as it is", number.mask(blank)
     if len(columns) > 1 and not args.time_col:              # a date of installation tells no rows apart
@@ -482,7 +484,7 @@ def read_time(frame, kinds, args):
         kinds.update(dict.fromkeys(columns, "time"))
     first = frame[columns[0]]
     numbers = pd.Series(read_numbers(first, args), first.index)
-    is_number = numbers.count() == first.count() and not looks_like_time(first)
+    is_number = numbers.count() == first.count() and not looks_like_time(first)  # 20240131 is a date
     if len(columns) == 1 and is_number and not args.time_format:
         return columns, "as it is", numbers.round(9)        # 20.099999999999998 is 20.1
     pattern, stamps = read_columns(frame, columns, args)
@@ -496,18 +498,18 @@ def read_time(frame, kinds, args):
 def time_step(stamps):
     """The step by which stamps go on: working days, months and the like as such, else the median."""
     stamps = stamps.dropna().drop_duplicates().sort_values()
-    step = stamps.diff().median()
+    step = stamps.diff().median()                           # not the mean: a hole is no step
     if not is_datetime64_any_dtype(stamps) or len(stamps) < 3:
         return step
     days = step / pd.Timedelta(days=1)
-    share = stamps.dt.day_of_week.value_counts(normalize=True).reindex(range(7), fill_value=0.0)
+    share = stamps.dt.day_of_week.value_counts(normalize=True).reindex(range(7), fill_value=0.0)  # of rows
     if days == 1 and share.min() < 0.02 and len(stamps) > 14:           # shut on Sundays
         return pd.offsets.CustomBusinessDay(weekmask=tuple(share > 0.02))
     if days > 27:
         if stamps.dt.day.nunique() == 1:                    # the 15th of each month
             return pd.DateOffset(months=round(days / 30.4))
         if stamps.dt.is_month_end.all():
-            return pd.offsets.MonthEnd(round(days / 30.4))
+            return pd.offsets.MonthEnd(round(days / 30.4))  # 31 January, 29 February
         named = pd.infer_freq(stamps.iloc[-12:])            # the last Friday of each month
         if named:
             return pd.tseries.frequencies.to_offset(named)
@@ -519,8 +521,8 @@ def median_steps(keys):
     seconds = keys["time"].ffill()                          # rows without a stamp come last
     if is_datetime64_any_dtype(seconds):
         seconds = (seconds - seconds.min()).dt.total_seconds()
-    steps = seconds.groupby(keys["group"]).diff()
-    step = steps[steps > 0].median()
+    steps = seconds.groupby(keys["group"]).diff()           # from row to row, never across groups
+    step = steps[steps > 0].median()                        # NaN where all rows are of one time
     if not step > 0:
         return torch.arange(len(seconds)).double()
     return torch.from_numpy((seconds / step).to_numpy(np.float64, copy=True))
@@ -537,7 +539,7 @@ def even_keys(keys):
         # one stamp from 1970 would need all of memory for those that follow
         is_dense = last - first < 100 * len(own) * own.diff().median()
         if is_dense and isinstance(first, pd.Timestamp):
-            own = pd.date_range(first, last, freq=step)
+            own = pd.date_range(first, last, freq=step)     # what steps of this kind would be
         elif is_dense:
             own = np.round(first + step * np.arange(1 + round((last - first) / step)), 9)
         every.append(pd.DataFrame({"group": name, "time": own}))
@@ -557,8 +559,8 @@ def insert_absent_rows(frame, keys, args):
     absent = pd.concat([every, known, known]).drop_duplicates(keep=False)       # what is there once
     if len(known) + len(absent) > len(every):
         fail(f"{args.data}: --regular: steps of time are uneven: none is known to be absent")
-    keys = pd.concat([keys, absent], ignore_index=True)
-    return frame.reindex(keys.index), keys
+    keys = pd.concat([keys, absent], ignore_index=True)     # numbered on from the last row
+    return frame.reindex(keys.index), keys                  # rows that are not there are NaN
 
 
 # ---- and back: the user's own file as it was, with some cells of our own
@@ -569,7 +571,7 @@ def check_target(flag, path, *others):
         return
     folder = os.path.dirname(path) or "."                   # a file beside is renamed: it must allow that
     writable = os.access(folder, os.W_OK) and not os.path.isdir(path)
-    taken = [os.path.realpath(other) for other in others if other]
+    taken = [os.path.realpath(other) for other in others if other]  # ./a.csv is a.csv
     if os.path.realpath(path) in taken or not writable or not path.endswith((".csv", ".csv.gz")):
         fail(f"{flag} {path} must be a .csv or .csv.gz of its own, in a folder of yours")
 
@@ -584,7 +586,7 @@ def replace_file(path, write):
         os.replace(beside, path)                            # on one disk this happens whole or not at all
     except (OSError, RuntimeError) as e:                    # RuntimeError: torch, where the disk is full
         if os.path.exists(beside):
-            os.remove(beside)
+            os.remove(beside)                               # half a file helps nobody
         fail(f"{path} cannot be written ({str(e).splitlines()[0]}); what was there before is kept")
 
 
@@ -594,12 +596,12 @@ def read_text(table, args):
         if ratio > 1000:                                    # the small ones would drown
             fail(f"{args.data}: {name!r} varies a thousand times more in some groups: give each a file")
     text = read_raw(args, keep_default_na=False).astype("string").fillna("")
-    text.columns = list(table.kinds)
+    text.columns = list(table.kinds)                        # as the Table calls them
     if args.regular:
         absent = table.keys.index >= len(text)
         before = np.where(absent, 0, np.arange(len(absent)))
         before = np.maximum.accumulate(before)              # the last row of the file, in order of time
-        rows = new_rows(table, text, before[absent], table.keys["time"][absent], args)
+        rows = new_rows(table, text, before[absent], table.keys["time"][absent], args)  # of their group
         text = pd.concat([text, rows]).iloc[table.keys.index]
         table.keys = table.keys.reset_index(drop=True)      # from here on that is the file
     return text
@@ -621,9 +623,9 @@ def spell(table, name, values, text, args, forecast):
         return np.array(["", "", *words], dtype=object)[values.long().numpy()]
     own = text[name].iloc[table.keys.index[seen]].str.strip()                   # the column's own cells
     j = schema.numeric.index(name)
-    x = values.double().numpy() * schema.scale[j] + schema.center[j]
+    x = values.double().numpy() * schema.scale[j] + schema.center[j]    # in own units
     numbers = read_numbers(own, args)
-    low = numbers.min()
+    low = numbers.min()                                     # of this file, train rows or not
     high = numbers.max()
     if forecast:
         low = 0.0 if low >= 0 else -np.inf
@@ -639,7 +641,7 @@ def number_text(x, own, args):
     if not own.str.contains("e", case=False).any():
         decimals = own.str.extract(rf"{re.escape(args.decimal)}(\d+)$", expand=False).fillna("")
         digits = min(15, int(decimals.str.len().quantile(0.95)))        # one 20.400000000000002 is no manner
-        whole = decimals.str.strip("0").eq("").all()
+        whole = decimals.str.strip("0").eq("").all()        # 3 and 3.00, never 3.25
         x = np.round(x, 0 if whole else digits) + 0.0       # no -0.0
         form = f".{digits}f"
     return np.array([format(value, form).replace(".", args.decimal) for value in x], dtype=object)
@@ -648,7 +650,7 @@ def number_text(x, own, args):
 def write_cells(target, rows, name, said, table, text, args, forecast=False):
     """Write the cells of a column into these rows of `target`, a DataFrame of text; return them as lines of
     --intervals. said (4, n): values, low ends, high ends and probabilities, see model.Prediction.interval."""
-    value, low, high = [spell(table, name, values, text, args, forecast) for values in said[:3]]
+    value, low, high = [spell(table, name, values, text, args, forecast) for values in said[:3]]  # (n,)
     target.iloc[rows, target.columns.get_loc(name)] = value
     lines = pd.DataFrame({"row": rows, "column": name, "value": value, "low": low, "high": high})
     return lines.assign(probability=said[3].numpy().round(3))
@@ -671,10 +673,10 @@ def new_rows(table, text, like, stamps, args):
     if len(rows) == 0:
         return rows
     known = table.keys["time"].dropna()
-    known = known[known.index < len(text)]
-    patterns = table.pattern.rsplit(" ", len(table.time_columns) - 1)
+    known = known[known.index < len(text)]                  # rows of the file, not those of --regular
+    patterns = table.pattern.rsplit(" ", len(table.time_columns) - 1)   # one for each column
     for name, pattern in zip(table.time_columns, patterns):
-        own = text[name].iloc[known.index].str.strip().set_axis(known.index)
+        own = text[name].iloc[known.index].str.strip().set_axis(known.index)    # as the file writes them
         if pattern == "as it is":
             rows[name] = number_text(stamps.to_numpy(np.float64), own, args)
         else:
@@ -694,9 +696,9 @@ def next_rows(table, text, steps, args):
         if step != step or own.nunique() <= len(own) / 2:
             fail(f"{args.data}: --forecast cannot go on from {' '.join(table.time_columns)!r}, whose step is "
                  f"{step}: does another column tell sequences (--group_col) or hours (--time_col) apart?")
-        stamps += [own.iloc[-1] + step * (ahead + 1) for ahead in range(steps)]
-    stamps = pd.Series(stamps)
-    last = np.repeat(table.segments["all"][:, 1].numpy() - 1, steps)
+        stamps += [own.iloc[-1] + step * (ahead + 1) for ahead in range(steps)]  # months differ in length
+    stamps = pd.Series(stamps)                              # sequence after sequence
+    last = np.repeat(table.segments["all"][:, 1].numpy() - 1, steps)    # whose group they carry on
     clock = time_features(stamps, table.schema.cycles, args)
     return new_rows(table, text, last, stamps, args), clock.unflatten(0, (-1, steps))
 
@@ -704,7 +706,7 @@ def next_rows(table, text, steps, args):
 def write_text(path, text, lines, args):
     """A DataFrame of text as the file is written, and the lines of --intervals, DataFrames."""
     options = {"index": False, "sep": args.sep, "encoding": args.encoding}
-    if args.data not in SIMULATIONS:                        # pandas renames columns called alike or not at all
+    if args.data not in SIMULATIONS:                        # pandas renames columns called alike or nothing
         header = read_raw(args, header=None, nrows=1, keep_default_na=False)
         options["header"] = header.iloc[0].tolist()
     replace_file(path, lambda beside: text.to_csv(beside, **options))
@@ -720,31 +722,31 @@ def simulate_sensors(n_rows=40_000, seed=0):
     """A pump station at one reading a second, by the affinity laws of pumps (flow ~ speed, head ~ speed^2,
     power ~ speed^3), first-order lags for heat and Markov switching between modes; see spoil."""
     rng = np.random.default_rng(seed)
-    t = np.arange(n_rows)
+    t = np.arange(n_rows)                                   # (rows,), seconds
 
     def lagged(x, tau):             # what a thermometer in a thick pipe reads
         return pd.Series(x).ewm(alpha=1 - np.exp(-1 / tau), adjust=False).mean().to_numpy()
 
     def noise(scale, tau=0.01):     # of this standard deviation; forgets itself over tau rows, 0.01: at once
-        decay = np.exp(-1 / tau)
-        white = rng.standard_normal(n_rows + int(8 * tau))
+        decay = np.exp(-1 / tau)                            # what is left of it a row later
+        white = rng.standard_normal(n_rows + int(8 * tau))  # longer: a lag starts from rest
         return scale * np.sqrt((1 + decay) / (1 - decay)) * lagged(white, tau)[-n_rows:]
 
     # a mode lasts five minutes on average, a set-point two; both jump
     modes = np.array(["idle", "production", "boost", "flush"])
     follows = np.array([[0, .8, .1, .1], [.4, 0, .4, .2], [.1, .9, 0, 0], [.6, .4, 0, 0]])
-    path = [1]
+    path = [1]                                              # it starts in production
     while len(path) < n_rows // 50:
         path.append(rng.choice(4, p=follows[path[-1]]))
     mode = np.repeat(path, rng.geometric(1 / 300, len(path)))[:n_rows]
     trim = np.repeat(rng.normal(0, 60, n_rows), rng.geometric(1 / 120, n_rows))[:n_rows]
     setpoint = np.round(np.array([400, 1450, 1900, 1100])[mode] + trim, -1)                 # rpm
     valve = np.array([0.25, 0.7, 0.9, 1.0])[mode]
-    speed = lagged(setpoint, 6.0) + noise(35, 5.0)
-    opening = lagged(valve, 15.0) * (1 + noise(0.05, 8.0))
+    speed = lagged(setpoint, 6.0) + noise(35, 5.0)          # rpm
+    opening = lagged(valve, 15.0) * (1 + noise(0.05, 8.0))  # 0 to 1
     flow = 0.06 * speed * opening                               # m3/h
     suction = 2.4 + noise(0.15, 300.0) - 0.004 * flow           # bar
-    head = 5.2 * (speed / 1500) ** 2 - 0.00022 * flow ** 2
+    head = 5.2 * (speed / 1500) ** 2 - 0.00022 * flow ** 2  # bar
     power = 1.5 + 0.045 * flow * head + 6.0 * (speed / 1500) ** 3       # kW: idling, pumping, friction
     ambient = 18 + 5 * np.sin(2 * np.pi * (t / 86_400 - 0.3)) + noise(0.3, 600.0)           # degrees
     rough = np.array([0.4, 1.0, 1.3, 2.2])[mode] * (speed / 1500) ** 2                      # mm/s
@@ -753,7 +755,7 @@ def simulate_sensors(n_rows=40_000, seed=0):
         "mode": modes[mode],
         "valve": np.select([opening > 0.8, opening > 0.4], ["open", "throttled"], "closed"),
         "speed_setpoint": setpoint,
-        "speed": np.round(speed + noise(4), 0),
+        "speed": np.round(speed + noise(4), 0),             # each sensor has a noise and a resolution
         "flow": np.round(flow + noise(0.8), 1),
         "pressure_in": np.round(suction + noise(0.02), 3),
         "pressure_out": np.round(suction + head + noise(0.04), 2),
@@ -762,8 +764,8 @@ def simulate_sensors(n_rows=40_000, seed=0):
         "temp_outlet": np.round(ambient + 0.5 * lagged(power, 40.0) + 6 + noise(0.1), 1),
         "vibration": np.round(rough * np.exp(noise(0.1) + noise(0.2, 20.0)), 3),
         "temp_ambient": np.round(ambient + noise(0.1), 1),
-        "line_frequency": 50.0,
-        "humidity": np.nan})
+        "line_frequency": 50.0,                             # never moves
+        "humidity": np.nan})                                # was never connected
     return spoil(frame, rng)
 
 
@@ -772,13 +774,13 @@ def spoil(frame, rng):
     spikes, a sentinel, a category that appears late."""
     n_rows = len(frame)
     for name in frame.columns.drop(["time", "line_frequency", "humidity"]):
-        holes = rng.random(n_rows) < 0.005
+        holes = rng.random(n_rows) < 0.005                  # dropouts
         for start in rng.integers(0, n_rows, n_rows // 2000):
             holes[start:start + rng.geometric(1 / 90)] = True           # a minute and a half on average
         frame[name] = frame[name].mask(holes)
     for start in rng.integers(0, n_rows, 12):                   # a frozen sensor repeats its last value
         frame.loc[start:start + rng.geometric(1 / 180), "temp_outlet"] = frame["temp_outlet"].iloc[start]
-    spikes = rng.random(n_rows) < 0.0002
+    spikes = rng.random(n_rows) < 0.0002                    # a spike spoils a mean
     frame.loc[spikes, "pressure_out"] = 40 * rng.random(spikes.sum())           # water hammer
     frame.loc[rng.integers(0, n_rows, 15), "flow"] = -1.18e42           # how a logger says "no reading"
     frame.loc[int(0.93 * n_rows):int(0.94 * n_rows), "mode"] = "maintenance"    # never seen in the train rows
@@ -791,21 +793,21 @@ def simulate_planets(n_systems=3000, seed=0):
     missing where no planet is. acceleration_x (_y) says whether the planets' x (y) add up to more than 0."""
     rng = np.random.default_rng(seed)
     n = n_systems
-    rows = rng.integers(30, 60, n)
-    count = rng.integers(2, 6, n)
+    rows = rng.integers(30, 60, n)                          # of each sequence
+    count = rng.integers(2, 6, n)                           # planets of each system
     here = np.arange(5)[:, None] < count                        # (5, systems), True = this planet exists
     rank = np.where(here, rng.random((5, n)), 2).argsort(axis=0).argsort(axis=0)        # from the star
-    a = 1 + rank * (rng.uniform(1.5, 3, n) - 1) / (count - 1)
-    m = rng.uniform(1, 5, (5, n))
+    a = 1 + rank * (rng.uniform(1.5, 3, n) - 1) / (count - 1)       # evenly spaced
+    m = rng.uniform(1, 5, (5, n))                           # too small to pull at each other
     e = rng.uniform(0, 0.1, (5, n))
     start = rng.uniform(0, 2 * np.pi, (5, n)) * (rng.random(n) >= 0.3)                  # 30 %: all at +x
     system = np.repeat(np.arange(n), rows)                      # of each row of the table
     frame = pd.DataFrame({"idx": system})
     frame["time_step"] = frame.groupby("idx").cumcount()
     step = rng.uniform(15, 24, n) / (rows - 1)                  # a planet at distance 1 goes round in 2 pi
-    time = step[system] * frame["time_step"].to_numpy()
+    time = step[system] * frame["time_step"].to_numpy()     # of each row, not in the table
     for i in range(5):
-        axis = a[i, system]
+        axis = a[i, system]                                 # (rows,), as all that follows
         ecc = e[i, system]
         mean = start[i, system] + time * np.sqrt((1 + 1e-5 * m[i, system]) / axis ** 3)
         angle = mean                                        # Kepler's equation: angle - e sin(angle) = mean
@@ -842,9 +844,9 @@ def add_errors(lines, kind, case, schema, targets, answers):
     """Append a DataFrame for each method, answers {name: (numbers, ids)}: the summed errors of each column in
     scaled units, over the scored cells. A wrong category counts 1; no guess is the commonest, id 2."""
     for method, (numbers, ids) in answers.items():
-        wrong = ids.clamp(min=2) != targets.categorical
+        wrong = ids.clamp(min=2) != targets.categorical     # (B, T, K)
         error = torch.cat([numbers - targets.numeric, wrong], dim=-1)           # (B, T, F)
-        error = torch.where(targets.score, error, 0.0).double()
+        error = torch.where(targets.score, error, 0.0).double()     # sums of many
         lines.append(pd.DataFrame({
             "kind": kind, "case": case, "method": method,
             "column": schema.numeric + schema.categorical,
@@ -856,14 +858,14 @@ def add_errors(lines, kind, case, schema, targets, answers):
 def mean_errors(errors, columns, measure, by):
     """A line a method: means over the scored cells of these columns, for each value of `by`; NaN of none."""
     chosen = errors[errors["column"].isin(columns)]
-    sums = chosen.groupby(["method", by])[[measure, "count"]].sum()
-    means = (sums[measure] / sums["count"]).unstack(by)
+    sums = chosen.groupby(["method", by])[[measure, "count"]].sum()     # over batches and columns
+    means = (sums[measure] / sums["count"]).unstack(by)     # divided once: each cell weighs the same
     return means.reindex(index=errors["method"].unique(), columns=errors[by].unique())
 
 
 def print_table(title, means):
     if means.notna().any(axis=None):                        # no categories, no table
-        means = means.rename_axis(index=None, columns=None)
+        means = means.rename_axis(index=None, columns=None)         # their names would take a line
         print(f"\n{title}\n{means.to_string(float_format='{:.4g}'.format, na_rep='-')}")
 
 
@@ -875,7 +877,7 @@ def print_errors(title, errors, schema, cases=None):
     accuracy = 1 - mean_errors(errors, schema.categorical, "absolute", "case")
     for means, heading in ((mse, "mean squared error, scaled"), (accuracy, "accuracy of categories")):
         print_table(f"{title}: {heading}", means[cases or list(means)].assign(mean=means.mean(axis=1)))
-    kept = {}
+    kept = {}                                               # for results.json
     for method in mse.index:
         rows = pd.DataFrame({"mse": mse.loc[method], "mae": mae.loc[method]})
         rows["accuracy"] = accuracy.loc[method]
@@ -886,7 +888,7 @@ def print_errors(title, errors, schema, cases=None):
 def own_errors(errors, schema):
     """A line a column: its mean absolute error in its own units; of a category the share that is wrong."""
     means = mean_errors(errors, schema.numeric + schema.categorical, "absolute", "column").T
-    scale = pd.Series(schema.scale, schema.numeric).reindex(means.index, fill_value=1.0)
+    scale = pd.Series(schema.scale, schema.numeric).reindex(means.index, fill_value=1.0)  # categories
     return means.mul(scale, axis=0)
 
 
@@ -905,7 +907,7 @@ def new_figure(path, lines, columns, size):
     except ImportError:
         print(f"no {path} without matplotlib: pip install matplotlib")
         return None, []
-    figure = Figure(figsize=size, layout="constrained")
+    figure = Figure(figsize=size, layout="constrained")     # makes room for labels
     return figure, figure.subplots(lines, columns, squeeze=False).flatten().tolist()
 
 
@@ -921,34 +923,34 @@ def draw_windows(path, schema, batch, asked, guesses, band):
     """Windows of a Batch in own units: what was seen, what was asked (B, T, F), guesses {method: (B, T, N)},
     the model's band from low to high, (2, B, T, N). Columns called _x and _y are drawn in the plane, without
     it; else the four columns of window 0 over rows that move and were asked for most."""
-    names = schema.numeric
+    names = schema.numeric                                  # categories are not drawn
     scale = torch.tensor(schema.scale)
     center = torch.tensor(schema.center)
     observed = batch.observed[..., :len(names)]
-    asked = asked[..., :len(names)] & observed
+    asked = asked[..., :len(names)] & observed              # what has no truth is not drawn
     layers = {"seen": batch.numeric.masked_fill(asked | ~observed, np.nan),     # NaN is not drawn
               "truth": batch.numeric.masked_fill(~asked, np.nan)}
     planes = [(names.index(name[:-1] + "x"), j) for j, name in enumerate(names)
               if name.endswith("_y") and name[:-1] + "x" in names]
     if planes:                                              # the rivals would hide the orbits
         guesses = {"model": guesses["model"]}
-        panels = [(b, planes) for b in range(len(asked))]
+        panels = [(b, planes) for b in range(len(asked))]   # a window each
         figure, axes = new_figure(path, 1, len(panels), (9, 3.2))
     else:
         spread = (batch.numeric[0].amax(dim=0) - batch.numeric[0].amin(dim=0)) * asked[0].sum(dim=0)    # (N,)
         panels = [(0, [(None, j)]) for j in spread.argsort(descending=True)[:4].tolist()]
         figure, axes = new_figure(path, max(1, len(panels)), 1, (9, 1 + 1.7 * len(panels)))
     for method, numbers in guesses.items():
-        layers[method] = numbers.masked_fill(~asked, np.nan)
+        layers[method] = numbers.masked_fill(~asked, np.nan)        # where they were asked
     for axis, (b, curves) in zip(axes, panels):
         for method, numbers in layers.items():
             own = numbers[b] * scale + center               # (T, N)
             for x, y in curves:
-                across = range(len(own)) if x is None else own[:, x]
+                across = range(len(own)) if x is None else own[:, x]    # rows, or places
                 axis.plot(across, own[:, y], MARKS.get(method, "x"), color=COLORS[method], ms=5, mfc="none",
                           label=method if y == curves[0][1] else None)
         if planes:
-            axis.set(aspect="equal")
+            axis.set(aspect="equal")                        # a circle looks like one
         else:
             low, high = band[:, b, :, y] * scale[y] + center[y]
             axis.fill_between(range(len(low)), low, high, asked[b, :, y], color=COLORS["model"], alpha=0.2)
@@ -980,7 +982,7 @@ def make_parser(doc, script, source):
                                      formatter_class=Formatter, allow_abbrev=False)
     add = parser.add_argument
     add("--data", default=source, help=f".csv, .csv.gz, .parquet, or simulated: {', '.join(SIMULATIONS)}")
-    tab = lambda text: text.replace("\\t", "\t")
+    tab = lambda text: text.replace("\\t", "\t")            # shells pass two characters
     add("--sep", type=tab, choices=list(",;\t| "), default=",", help="between cells")
     add("--decimal", choices=[".", ","], default=".", help="point or comma")
     add("--thousands", choices=[",", ".", " ", "'"], help="between groups of three digits")
@@ -1006,7 +1008,7 @@ def make_parser(doc, script, source):
 def add_loop_flags(add, script, max_steps):
     """The flags of the model, of its optimisation and of the run, for the training scripts."""
     positive = number(float, 0)
-    count = number(int, 0)
+    count = number(int, 0)                                  # whole numbers from 0
     size = number(int, 1)
     add("--n_layer", type=size, default=4, help="transformer blocks")
     add("--n_head", type=size, default=4, help="attention heads")
@@ -1040,7 +1042,7 @@ def parse(parser, argv, script):
     args = parser.parse_args(argv)                          # argv None: the command line
     checkpoint = None
     if args.resume:
-        checkpoint = load_checkpoint(f"{args.out_dir}/last.pt", script)
+        checkpoint = load_checkpoint(f"{args.out_dir}/last.pt", script)     # not best.pt: the run goes on
         kept = {**checkpoint["args"], "out_dir": args.out_dir}                  # it may have been moved
         parser.set_defaults(**kept)
         args = parser.parse_args(argv)                      # a flag given now still wins
@@ -1056,7 +1058,7 @@ def load_checkpoint(path, script):
     try:
         # first into main memory: a run that began on a GPU can go on without one
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        assert checkpoint["script"] == script
+        assert checkpoint["script"] == script               # of the other objective it is of no use
         return checkpoint
     except Exception:               # half a file and a foreign one raise half a dozen kinds of error
         fail(f"{path}: cannot be read as a checkpoint of {script}.py")
@@ -1075,7 +1077,7 @@ def pick_device(args):
         fail(f"--device {args.device} cannot be used here ({str(e).splitlines()[0]})")
     dtype = args.dtype
     if dtype == "auto":
-        on_gpu = name.startswith("cuda") and torch.cuda.is_bf16_supported()
+        on_gpu = name.startswith("cuda") and torch.cuda.is_bf16_supported()     # a CPU seldom gains
         dtype = "bfloat16" if on_gpu else "float32"
     return torch.device(name), getattr(torch, dtype)
 
@@ -1088,7 +1090,7 @@ def tiny_batch():
     flags = "--group_col room --seq_len 2 --split 2 1 1".split()
     args = make_parser(None, "data", "the tiny table").parse_args(flags)
     table = load_table(args, tiny_table())
-    table.seq_len = 6
+    table.seq_len = 6                                       # a window holds a room
     table.segments["train"] = table.segments["all"]
     return table, table.batch(table.starts("train", 6))
 
@@ -1099,7 +1101,7 @@ def show(schema, batch):
     for b, valid in enumerate(batch.valid):
         numbers = pd.DataFrame(batch.numeric[b].numpy().round(2), columns=schema.numeric).astype(object)
         ids = pd.DataFrame(batch.categorical[b].numpy(), columns=schema.categorical).astype(object)
-        cells = numbers.join(ids).where(batch.observed[b].numpy(), "?")
+        cells = numbers.join(ids).where(batch.observed[b].numpy(), "?")     # (T, F)
         cells[~valid.numpy()] = "pad"
         blocks.append(f"window {b}\n{cells.to_string()}")
     return "\n".join(blocks)
@@ -1110,19 +1112,19 @@ def hole_runs(table):
     holes = 0
     runs = 0
     for start, end in table.segments["train"].tolist():
-        hole = (~table.observed[start:end]).int()
+        hole = (~table.observed[start:end]).int()           # (rows, F)
         holes = holes + hole.sum(dim=0)
-        runs = runs + hole[:1].sum(dim=0) + (hole.diff(dim=0) > 0).sum(dim=0)
+        runs = runs + hole[:1].sum(dim=0) + (hole.diff(dim=0) > 0).sum(dim=0)   # where one begins
     return holes, runs
 
 
 def default_span(table):
     """Mean rows of a run of holes in the train rows, at most T / 4; 12 where there are too few to tell."""
-    learnt = torch.tensor(table.schema.learnt)
+    learnt = torch.tensor(table.schema.learnt)              # a column without values has no runs
     holes, runs = hole_runs(table)
     holes = int(holes[learnt].sum())
     runs = int(runs[learnt].sum())
-    span = 12.0 if runs < 20 else holes / runs
+    span = 12.0 if runs < 20 else holes / runs              # 12: half a day of hours
     return max(1.0, min(span, table.seq_len / 4))
 
 
@@ -1142,17 +1144,17 @@ def find_hints(table, args):
     grouped = "group" in table.kinds.values()
     few = [name for name, words in zip(schema.categorical, schema.vocabulary) if 1 < len(words) <= 50]
     if repeated >= len(table.observed) / 2 and not grouped:
-        label = (few or ["NAME"])[0]
+        label = (few or ["NAME"])[0]                        # may say which sequence a row is of
         hints.append(f"the same stamps again and again: a long file (--group_col {label}, or pivot it), or "
                      "is the hour in another column (--time_col Date Hour)?")
     for name in schema.numeric:
         if re.search(NAMED_TIME, name) and not table.time_columns and not grouped:
             hints.append(f"{name} is taken for a number: is it the time? --time_col {name}")
-    numbers = scaled_numbers(table)[::1 + len(table.observed) // 100_000]
+    numbers = scaled_numbers(table)[::1 + len(table.observed) // 100_000]   # 100,000 rows tell
     numbers = numbers * schema.scale + schema.center
     for edge in (numbers.min(), numbers.max()):             # of each column
-        off = (numbers - edge).abs()
-        others = off[off > 1e-6]
+        off = (numbers - edge).abs()                        # how far each value is from the edge
+        others = off[off > 1e-6]                            # NaN at the edge itself
         far = (2 * others.min() > others.max()) & (others.nunique() > 10)       # beyond a gap, from many,
         far &= (off == 0).sum() >= 5                        # and often
         for value, count in edge[far].map("{:g}".format).value_counts().items():
@@ -1170,7 +1172,7 @@ def find_hints(table, args):
             hints.append(f"{name}: {kind}")
     if absent and not args.regular:
         hints.append(f"{absent:,} steps of time are absent: --regular puts rows there, if steps are even")
-    return hints[:3]
+    return hints[:3]                                        # the gravest first
 
 
 def describe(table, args):
@@ -1187,7 +1189,7 @@ def describe(table, args):
     lines["values"] = values + [", ".join(words[:6]) for words in schema.vocabulary]
     print(f"{args.data}: {len(table.observed):,} rows, clock: {', '.join(schema.cycles) or 'none'}")
     print(lines.to_string(max_rows=14, max_colwidth=70))
-    others = {name: kind for name, kind in table.kinds.items() if name not in lines.index}
+    others = {name: kind for name, kind in table.kinds.items() if name not in lines.index}  # not learnt
     print("other columns:", others or "none")
     if table.time_columns:
         absent, repeated = absent_steps(table)

@@ -73,7 +73,7 @@ def objective(batch, args, generator, step=None, case=None):
     # the target of row t is row t + 1; the last row has none, and padding is not observed
     score = scorable(batch).roll(-1, dims=1)
     score[:, -1] = False
-    numeric = batch.numeric.roll(-1, dims=1)
+    numeric = batch.numeric.roll(-1, dims=1)                # row t holds row t + 1
     categorical = batch.categorical.roll(-1, dims=1)
     return shown, Targets(numeric, categorical, score)
 
@@ -91,7 +91,7 @@ def baselines(shown, args, closed_form=None):
     before = torch.cat([last[:, :1], last[:, :-1]], dim=1)                      # the row before each
     answers = {"last": (last, ids), "linear": (2 * last - before, ids)}
     if args.season:                                 # of the next row; if before the window, the last value
-        rows = torch.arange(last.shape[1])
+        rows = torch.arange(last.shape[1])                  # (T,)
         ago = torch.where(rows + 1 < args.season, rows, rows + 1 - args.season)
         answers["season"] = (last[:, ago], ids[:, ago])
     if closed_form is not None:
@@ -104,7 +104,7 @@ def baselines(shown, args, closed_form=None):
 def rollout_windows(table, split, args):
     """Windows of a split that begin with the rows given, as in Table.starts, and how many rows come after
     those, (n,). Where time is split the given ones may lie before the split, what is asked never does."""
-    windows = table.starts(split, args.eval_stride)
+    windows = table.starts(split, args.eval_stride)         # (n, 2)
     if len(table.segments["all"]) < 3:                      # then the split begins seq_len rows early
         windows = windows + torch.tensor([table.seq_len - args.given, 0])
     length = windows[:, 1] - windows[:, 0]
@@ -115,13 +115,13 @@ def judge_rollout(model, table, split, steps, args):
     """Three Batches, of the rows given, of the `steps` rows after them, and of what the model says of those;
     and how far off it is, (B, steps, F): |error|, 1 for a wrong category, NaN where there is no answer."""
     windows, rows_after = rollout_windows(table, split, args)
-    windows = windows[rows_after >= steps]
+    windows = windows[rows_after >= steps]                  # those with so many to compare
     end = args.given + steps
     windows = windows[::1 + len(windows) * end // 16_384]   # every n-th: 16,384 rows fit into memory
     batch = table.batch(windows)
     given = batch.rows(0, args.given)
     asked = batch.rows(args.given, end)
-    ahead = model.rollout(given, asked.clock)
+    ahead = model.rollout(given, asked.clock)               # by its own words, row by row
     error = (ahead.numeric - asked.numeric).abs()                               # (B, steps, N)
     wrong = ahead.categorical != asked.categorical                              # (B, steps, K)
     off = torch.cat([error, wrong], dim=-1).masked_fill(~asked.observed, math.nan)
@@ -132,13 +132,13 @@ def fit_trust(model, table, args):
     """Set the share of the model's correction that is used in roll-outs to what val likes best; with 0 the
     base goes on alone. What is better for one row can be worse after twenty."""
     N = len(table.schema.numeric)
-    errors = {}
+    errors = {}                                             # share -> mean squared error on val
     for share in (1.0, 0.75, 0.5, 0.25, 0.0):
         model.trust = share
         *_, off = judge_rollout(model, table, "val", max(args.horizons), args)
         square = off[..., :N].clamp(max=args.clip).square()                     # no spike decides
         errors[share] = float(square.nanmean())
-    model.trust = min(errors, key=errors.get)
+    model.trust = min(errors, key=errors.get)               # of equals the larger share
     print(f"\nrolled out, {model.trust:.0%} of the model's correction is used, which val likes best")
 
 
@@ -147,7 +147,7 @@ def fit_horizons(model, table, steps, args):
     --coverage of its numbers lie (Stankeviciute 2021), 0 for categories; and the chance that it is right."""
     N = len(table.schema.numeric)
     *_, off = judge_rollout(model, table, "val", steps, args)
-    half = off.nanquantile(args.coverage, dim=0)
+    half = off.nanquantile(args.coverage, dim=0)            # (steps, F)
     half = torch.where(half.isnan(), math.inf, half)        # val has no such value: anything may come
     half[:, N:] = 0.0
     chance = 1 - off.nanmean(dim=0)                         # of a category, the share that val got right
@@ -178,8 +178,8 @@ def prepare(table, args):
              f"do not fit into windows of {table.seq_len} rows (--seq_len), or into the val or test split")
     if not args.forecast:
         return None
-    check_target("--to", args.to, args.data)
-    check_target("--intervals", args.intervals, args.data, args.to)
+    check_target("--to", args.to, args.data)                # the text is read and the stamps
+    check_target("--intervals", args.intervals, args.data, args.to)     # made before the first step
     text = read_text(table, args)
     return text, *next_rows(table, text, args.forecast, args)
 
@@ -187,13 +187,13 @@ def prepare(table, args):
 def report_test(model, table, errors, factor, args):
     """Tables of the next row and of a roll-out, and a picture of it. Returns what results.json keeps."""
     schema = table.schema
-    numbers = schema.numeric
+    numbers = schema.numeric                                # the columns that the tables count
     if args.data == "planets":                              # what never changes is left out, and easy
         numbers = [name for name in numbers if name[-2:] in ("_x", "_y")]
     fit_trust(model, table, args)
     longest = max(args.horizons)
     given, asked, ahead, off = judge_rollout(model, table, "test", longest, args)    # off (B, longest, F)
-    answers = {"model": ahead}
+    answers = {"model": ahead}                              # {name: Batch of the rows to come}
     for name in baselines(given, args, model.closed_form):
         predict = lambda shown: baselines(shown, args, model.closed_form)[name]
         answers[name] = model.rollout(given, asked.clock, predict)
@@ -204,14 +204,14 @@ def report_test(model, table, errors, factor, args):
         said = {name: rows.rows(i, i + 1)[:2] for name, rows in answers.items()}        # numbers and ids
         truth = Targets._make(x[:, i:i + 1] for x in targets)
         add_errors(lines, "rollout", i + 1, schema, truth, said)
-    errors = pd.concat(lines)
+    errors = pd.concat(lines)                               # of the next row, and of each row ahead
     errors = errors[errors["column"].isin(numbers + schema.categorical)]
     rollout = errors[errors["kind"] == "rollout"]
     next_row = print_errors("next row", errors[errors["kind"] == "next"], schema)
     rolled = print_errors(f"rolled out from row {args.given}, rows ahead", rollout, schema, args.horizons)
-    curve = mean_errors(rollout, schema.numeric, "square", "case").T
+    curve = mean_errors(rollout, schema.numeric, "square", "case").T    # a line a row ahead
     draw_lines(f"{args.out_dir}/errors.png", curve, "rows ahead", "mean squared error, scaled")
-    half, _ = fit_horizons(model, table, longest, args)
+    half, _ = fit_horizons(model, table, longest, args)     # from val, judged on test
     inside = (off <= half).sum(dim=0) / off.isfinite().sum(dim=0)               # (longest, F)
     inside = pd.DataFrame(inside.T, schema.numeric + schema.categorical, range(1, longest + 1))
     print_table(f"rolled out, intervals of {args.coverage}: share of test cells inside, rows ahead",
@@ -230,11 +230,11 @@ def draw_rollout(schema, given, asked, answers, half, args):
     some = slice(len(given.valid) // 2, len(given.valid) // 2 + 3)
     batch = Batch._make(torch.cat(pair, dim=1)[some] for pair in zip(given, asked))
     is_asked = torch.ones_like(batch.observed)
-    is_asked[:, :args.given] = False
+    is_asked[:, :args.given] = False                        # these were given
     guesses = {}
     for name, rows in answers.items():
         guesses[name] = torch.cat([given.numeric, rows.numeric], dim=1)[some]
-    width = torch.zeros_like(guesses["model"])
+    width = torch.zeros_like(guesses["model"])              # of the band, to each side
     width[:, args.given:] = half[:, :len(schema.numeric)]   # nothing was asked before
     band = torch.stack([guesses["model"] - width, guesses["model"] + width])    # (2, 3, T, N)
     draw_windows(f"{args.out_dir}/window.png", schema, batch, is_asked, guesses, band)
@@ -252,7 +252,7 @@ def write_result(model, table, prepared, errors, factor, args):
     there = torch.zeros(shape, dtype=torch.bool)
     for n in length.unique().tolist():                      # histories of equal length go together
         for some in (length == n).nonzero()[:, 0].split(256):
-            ahead = model.rollout(table.batch(windows[some]).rows(0, n), clock[some])
+            ahead = model.rollout(table.batch(windows[some]).rows(0, n), clock[some])  # n: without padding
             value[some] = torch.cat([ahead.numeric, ahead.categorical], dim=-1)
             there[some] = ahead.observed
     there = (there & torch.tensor(table.schema.learnt)).flatten(0, 1)           # no planet that was not there
@@ -263,7 +263,7 @@ def write_result(model, table, prepared, errors, factor, args):
     said = torch.stack([value, value - half, value + half, chance.expand_as(value)]).flatten(1, 2)
     lines = []
     for j, name in enumerate(table.schema.numeric + table.schema.categorical):
-        here = there[:, j].nonzero()[:, 0].numpy()
+        here = there[:, j].nonzero()[:, 0].numpy()          # new rows that get a value
         if len(here):
             cells = said[:, here, j]                        # (4, n)
             lines.append(write_cells(rows, here, name, cells, table, text, args, forecast=True))
@@ -278,30 +278,30 @@ def get_lr(step, args):
     if step < args.warmup_steps:
         return args.lr * (step + 1) / args.warmup_steps
     min_lr = min(args.min_lr, args.lr)                      # --lr 1e-5 is not meant to rise
-    progress = (step - args.warmup_steps) / max(1, args.max_steps - 1 - args.warmup_steps)
+    progress = (step - args.warmup_steps) / max(1, args.max_steps - 1 - args.warmup_steps)  # 0 to 1
     coeff = 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))          # from 1 to 0
     return min_lr + coeff * (args.lr - min_lr)
 
 
 def make_example(model, batch, args, generator, step=None, case=None):
     """data.Batch -> what is shown (Batch), what the model sees of it (Inputs), what is asked (Targets)."""
-    shown, targets = objective(batch, args, generator, step, case)
-    inputs = model.inputs(shown)
+    shown, targets = objective(batch, args, generator, step, case)  # the one line about the objective
+    inputs = model.inputs(shown)                            # no hidden value, but the base
     return shown, inputs, within_clip(targets, inputs.base, args.clip)
 
 
 def measure_base(model, table, args):
     """(N,) root mean squared error of the base on some train windows, the unit of the numeric loss: it says
     what share of the base's error is left, and a calm column weighs as much as a wild one."""
-    generator = step_generator(0)
+    generator = step_generator(0)                           # whatever --seed is: losses compare
     batch = table.batch(table.sample("train", 64, generator))
     lines = []
     for (kind, name), case in eval_cases(args).items():
-        _, inputs, targets = make_example(model, batch, args, generator, case=case)
-        answers = {"base": (inputs.base, inputs.categorical)}
+        _, inputs, targets = make_example(model, batch, args, generator, case=case)  # as evaluation asks
+        answers = {"base": (inputs.base, inputs.categorical)}       # judged as every rival is
         add_errors(lines, kind, name, table.schema, targets, answers)
     square = mean_errors(pd.concat(lines), table.schema.numeric, "square", "column").loc["base"]
-    rmse = square[table.schema.numeric].fillna(0.0) ** 0.5
+    rmse = square[table.schema.numeric].fillna(0.0) ** 0.5  # NaN: nothing was asked
     return torch.tensor(rmse.to_numpy()).float().clamp(min=0.01)        # a constant column has no error
 
 
@@ -310,14 +310,14 @@ def evaluate(model, table, split, stride, base_rmse, args, autocast):
     """The model and every baseline on a whole split, the same windows and masks every time. Returns the mean
     losses, (3,); the summed errors, see data.add_errors; and for each number asked its |error| / scale."""
     model.eval()                                            # no dropout, until the next step
-    losses = torch.zeros(3)
+    losses = torch.zeros(3)                                 # of numbers, categories, scales
     lines = []
     cells = []
     cases = eval_cases(args)
     for i, ((kind, name), case) in enumerate(cases.items()):
         generator = step_generator(0, i)                    # of its own: the same masks always
-        sums = torch.zeros(3)
-        counts = torch.zeros(3)
+        sums = torch.zeros(3)                               # of losses, divided once at the end:
+        counts = torch.zeros(3)                             # batches ask for more or fewer cells
         for windows in table.starts(split, stride).split(32):
             batch = table.batch(windows)
             shown, inputs, targets = make_example(model, batch, args, generator, case=case)
@@ -333,18 +333,18 @@ def evaluate(model, table, split, stride, base_rmse, args, autocast):
             score = targets.score[..., :scale.shape[-1]]
             cells.append(pd.DataFrame({"kind": kind, "column": score.nonzero()[:, 2],
                                        "ratio": ratio[score], "scale": scale[score]}))
-        losses += sums / counts.clamp(min=1) / len(cases)
+        losses += sums / counts.clamp(min=1) / len(cases)   # a case asked for little weighs as much
     return losses, pd.concat(lines), pd.concat(cells)
 
 
 def fit_intervals(val, test, schema, args):
     """(N,) by which factor of its scale --coverage of a column's errors on val are off at most (conformal
     prediction, Vovk 2005). val, test: cells of `evaluate`; prints how that goes on test."""
-    factor = val.groupby("column")["ratio"].quantile(args.coverage)
-    factor = factor.reindex(range(len(schema.numeric)), fill_value=1.0)
-    test = test.assign(inside=test["ratio"] <= test["column"].map(factor))
+    factor = val.groupby("column")["ratio"].quantile(args.coverage)     # 0.9: nine of ten are nearer
+    factor = factor.reindex(range(len(schema.numeric)), fill_value=1.0)     # val had no cell of it
+    test = test.assign(inside=test["ratio"] <= test["column"].map(factor))  # cells it has not seen
     means = test.groupby(["column", "kind"])["inside"].mean().unstack()
-    means["width"] = 2 * factor * test.groupby("column")["scale"].mean() * schema.scale
+    means["width"] = 2 * factor * test.groupby("column")["scale"].mean() * schema.scale  # low to high
     print_table(f"intervals of {args.coverage}: share of test cells inside, and mean width, own units",
                 means.rename(index=dict(enumerate(schema.numeric))))
     return torch.tensor(factor.to_numpy()).float()
@@ -360,7 +360,7 @@ def build_model(table, args, checkpoint, device):
                     closed=args.base == "closed" and closed_form is not None)
     torch.manual_seed(args.seed)                            # the weights; the same on all ranks
     model = TableTransformer(config, closed_form).to(device)
-    matrices = [p for p in model.parameters() if p.dim() >= 2]
+    matrices = [p for p in model.parameters() if p.dim() >= 2]      # and embeddings
     vectors = [p for p in model.parameters() if p.dim() < 2]            # biases, norms: not drawn to 0
     groups = [{"params": matrices, "weight_decay": args.weight_decay},
               {"params": vectors, "weight_decay": 0.0}]
@@ -371,20 +371,20 @@ def build_model(table, args, checkpoint, device):
                 fail(f"{args.out_dir}/last.pt holds a model of another shape: {name} must stay {value}")
         model.load_state_dict(checkpoint["model"])
         # what Adam remembers comes from the checkpoint, its settings from the flags
-        kept = {"state": checkpoint["optimizer"]["state"]}
+        kept = {"state": checkpoint["optimizer"]["state"]}  # its averages of gradients
         optimizer.load_state_dict(optimizer.state_dict() | kept)
     return model, optimizer
 
 
 def conclude(model, table, base_rmse, args, autocast, history):
     """The test split, read once, with the best weights. Returns its errors, and the factor of intervals."""
-    model.load_state_dict(load_checkpoint(f"{args.out_dir}/best.pt", SCRIPT)["model"])
-    _, _, val = evaluate(model, table, "val", table.seq_len, base_rmse, args, autocast)
+    model.load_state_dict(load_checkpoint(f"{args.out_dir}/best.pt", SCRIPT)["model"])  # not the last
+    _, _, val = evaluate(model, table, "val", table.seq_len, base_rmse, args, autocast)  # fits intervals
     _, errors, test = evaluate(model, table, "test", args.eval_stride, base_rmse, args, autocast)
     factor = fit_intervals(val, test, table.schema, args)
     results = {"script": SCRIPT, "data": args.data, "seed": args.seed, "n_params": model.n_params,
                "steps": args.max_steps, **report_test(model, table, errors, factor, args)}
-    text = json.dumps(results, indent=1)
+    text = json.dumps(results, indent=1)                    # whole or not at all, as all files
     replace_file(f"{args.out_dir}/results.json", lambda path: Path(path).write_text(text))
     print_table("mean absolute error, own units", own_errors(errors, table.schema).dropna())
     log = pd.DataFrame(history, columns=["step", "train", "val"]).set_index("step")
@@ -394,21 +394,21 @@ def conclude(model, table, base_rmse, args, autocast, history):
 
 def main(argv=None):
     """Train, then judge on the test split. Returns the rows of log.csv."""
-    args, checkpoint = parse(get_parser(), argv, SCRIPT)
+    args, checkpoint = parse(get_parser(), argv, SCRIPT)    # --resume: the flags of the checkpoint
     rank = int(os.environ.get("RANK", 0))                   # one process, or one of several of torchrun
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    device, dtype = pick_device(args)
+    world = int(os.environ.get("WORLD_SIZE", 1))            # how many processes
+    device, dtype = pick_device(args)                       # cuda where there is one, else cpu
     # weights stay float32; autocast does matrix products in a shorter type
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)  # or it underflows
     if checkpoint:
-        scaler.load_state_dict(checkpoint["scaler"])
+        scaler.load_state_dict(checkpoint["scaler"])        # it has found a scale that works
 
     table = load_table(args, schema=checkpoint and Schema(**checkpoint["schema"]))
     args.seq_len = table.seq_len                            # a short table has shorter windows
     args.eval_stride = args.eval_stride or max(1, table.seq_len // 4)           # each cell comes four times
     prepared = prepare(table, args)                         # what is to be written at the end
-    raw, optimizer = build_model(table, args, checkpoint, device)
+    raw, optimizer = build_model(table, args, checkpoint, device)   # before DDP and compile wrap it
     base_rmse = measure_base(raw, table, args).to(device)                       # (N,)
     # of the losses; that of the scales is Adam's to weigh, and must not count in the norm that is clipped
     weight = torch.tensor([1.0, args.category_weight, 1e-3], device=device)
@@ -416,16 +416,16 @@ def main(argv=None):
     model = torch.compile(raw) if args.compile else raw
     if world > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-        model = torch.nn.parallel.DistributedDataParallel(model)
+        model = torch.nn.parallel.DistributedDataParallel(model)    # averages gradients over ranks
     if rank == 0:                                           # one process speaks and writes for all
         print(f"{args.data}: {len(table.observed)} rows, {raw.n_params:,} parameters, {device} {dtype}")
         for hint in find_hints(table, args):
             print("hint:", hint)
-    kept = checkpoint or {}
+    kept = checkpoint or {}                                 # where the run begins, or goes on
     step = kept.get("step", 0)
-    best = kept.get("best", math.inf)
-    history = kept.get("history", [])
-    val = math.nan
+    best = kept.get("best", math.inf)                       # lowest val loss so far
+    history = kept.get("history", [])                       # rows of log.csv
+    val = math.nan                                          # not known until the first evaluation
 
     def save(name):
         state = {"script": SCRIPT, "args": vars(args), "schema": asdict(table.schema),
@@ -435,7 +435,7 @@ def main(argv=None):
         replace_file(f"{args.out_dir}/{name}", lambda path: torch.save(state, path))
         replace_file(f"{args.out_dir}/log.csv", lambda path: pd.DataFrame(history).to_csv(path, index=False))
 
-    start = time.perf_counter()
+    start = time.perf_counter()                             # of this process, not of the run
     while True:
         # evaluate and save
         if rank == 0 and (step % args.eval_every == 0 or step >= args.max_steps):
@@ -455,8 +455,8 @@ def main(argv=None):
 
         # one optimiser step; batches and masks depend on seed, step and rank alone, so a run that was
         # resumed sees what it would have seen
-        model.train()
-        lr = get_lr(step, args)
+        model.train()                                       # evaluation has turned dropout off
+        lr = get_lr(step, args)                             # set by hand: no scheduler to save
         for group in optimizer.param_groups:
             group["lr"] = lr
         generator = step_generator(args.seed, step, rank)
@@ -466,7 +466,7 @@ def main(argv=None):
         count = sum(count_scored(targets) for _, _, targets in examples).to(device)     # (3,)
         if world > 1:
             dist.all_reduce(count)                          # scored cells of the whole step
-        loss = torch.zeros(3, device=device)
+        loss = torch.zeros(3, device=device)                # for the log
         for _, inputs, targets in examples:
             with autocast:
                 prediction = model(move(inputs, device))
@@ -487,23 +487,23 @@ def main(argv=None):
             print(f"error: step {step}, rank {rank}: the gradient norm is not finite; stopped before the "
                   f"step, last.pt and best.pt in {args.out_dir} are sound", *why, sep="\n  ", file=sys.stderr)
             raise SystemExit(1)
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad(set_to_none=True)
+        scaler.step(optimizer)                              # left out if float16 overflowed
+        scaler.update()                                     # a smaller scale then, else in time a larger
+        optimizer.zero_grad(set_to_none=True)               # gradients add up until told not to
         step += 1
 
         # log
         if step % args.log_every == 0 or step in (1, args.max_steps):
             if world > 1:
                 dist.all_reduce(loss)                       # each rank holds its share of the mean
-            train = float(loss[:2] @ weight[:2])
+            train = float(loss[:2] @ weight[:2])            # waits for the GPU: not every step
             history.append({"step": step, "train": train, "val": val, "lr": lr, "norm": float(norm)})
             if rank == 0:
                 print(f"step {step:5d} | loss {train:.4f} | lr {lr:.1e} | norm {norm:.2f} | "
                       f"{time.perf_counter() - start:.0f} s", flush=True)
 
     if world > 1:
-        dist.barrier()
+        dist.barrier()                                      # rank 0 may still be saving
         model = raw                                         # frees the wrapper before its process group
         dist.destroy_process_group()
     if rank == 0:

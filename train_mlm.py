@@ -72,9 +72,9 @@ def draw_case(n_windows, step, args, generator):
     """The rate and the span of hiding that each training window has of its own, (B, 1, 1) each: real tables
     have few holes here and many there, short and long ones, and one model is to fill them all."""
     start = args.mask_prob_start or args.mask_prob
-    rate = get_mask_probability(step, args.max_steps, start, args.mask_prob)
+    rate = get_mask_probability(step, args.max_steps, start, args.mask_prob)    # of this step
     u = torch.rand(2, n_windows, 1, 1, generator=generator)
-    rate = rate + (2 * u[0] - 1) * args.mask_spread * min(rate, 1 - rate)
+    rate = rate + (2 * u[0] - 1) * args.mask_spread * min(rate, 1 - rate)   # of each window, in (0, 1)
     return rate, args.mask_span ** u[1]                     # the span log-uniform, from single cells on
 
 
@@ -86,11 +86,11 @@ def objective(batch, args, generator, step=None, case=None):
         batch = mix_up(batch, args.mixup, generator)
     rate, span = case or draw_case(len(batch.valid), step, args, generator)
     answerable = scorable(batch)                                                # (B, T, F)
-    hidden = create_masks(answerable, rate, generator, span)
+    hidden = create_masks(answerable, rate, generator, span)        # missing cells stay out of it
     shown = hide(batch, hidden)
     if training and args.mask_share < 1:
         shown = bert_style_masking(batch, hidden, generator, args.mask_share, args.random_share)
-    score = hidden
+    score = hidden                                          # and nothing that the model can see
     if training and args.score == "observed":
         score = answerable
     return shown, Targets(batch.numeric, batch.categorical, score)
@@ -108,8 +108,8 @@ def baselines(shown, args, closed_form=None):
     N = shown.numeric.shape[-1]
     known = shown.observed[..., :N]
     known_ids = shown.observed[..., N:]
-    line = interpolate(shown.numeric, known, shown.time)
-    nearest = nearest_category(shown.categorical, known_ids, shown.time)
+    line = interpolate(shown.numeric, known, shown.time)    # (B, T, N)
+    nearest = nearest_category(shown.categorical, known_ids, shown.time)    # (B, T, K)
     answers = {"linear": (line, nearest)}
     answers["last"] = last_known(shown.numeric, known), last_known(shown.categorical, known_ids)
     answers["mean"] = torch.zeros_like(line), torch.zeros_like(nearest)         # 0: centre of the train rows
@@ -134,7 +134,7 @@ def prepare(table, args):
         return None
     check_target("--fill", args.fill, args.data)
     check_target("--intervals", args.intervals, args.data, args.fill)
-    return read_text(table, args)
+    return read_text(table, args)                           # or a refusal, before the first step
 
 
 def report_test(model, table, errors, factor, args):
@@ -144,7 +144,7 @@ def report_test(model, table, errors, factor, args):
     runs = errors[errors["kind"] == "span"]
     test = {"cell": print_errors("single cells hidden", cells, schema),
             "span": print_errors(f"runs of {args.mask_span:.3g} rows hidden", runs, schema)}
-    curve = mean_errors(runs, schema.numeric, "square", "case").T
+    curve = mean_errors(runs, schema.numeric, "square", "case").T   # a line a rate, a column a method
     draw_lines(f"{args.out_dir}/errors.png", curve, "share hidden, in runs", "mean squared error")
     windows = table.starts("test", table.seq_len)
     batch = table.batch(windows[len(windows) // 2:][:3])                        # from the middle of the split
@@ -181,7 +181,7 @@ def write_result(model, table, text, errors, factor, args):
     filled = pd.DataFrame(columns=["cells", "model", "linear"])
     lines = []
     for j, name in enumerate(schema.numeric + schema.categorical):
-        gaps = (~table.observed[:placed, j]).nonzero()[:, 0].numpy()
+        gaps = (~table.observed[:placed, j]).nonzero()[:, 0].numpy()    # rows in order of time
         if not schema.learnt[j] or len(gaps) == placed:
             print(f"{name} is left empty: the train rows, or all of this table, have no value of it")
         elif len(gaps):
@@ -189,13 +189,13 @@ def write_result(model, table, text, errors, factor, args):
             lines.append(write_cells(text, rows, name, said[:, gaps, j], table, text, args))
             filled.loc[name] = [len(gaps), *test.loc[name, ["model", "linear"]]]
     print_table("filled cells, and the mean error on test of runs as long as the holes, own units", filled)
-    unknown = filled.index[filled["model"].isna()]
+    unknown = filled.index[filled["model"].isna()]          # columns that are filled all the same
     if len(unknown):
         print("not judged, for test has no values within --clip:", ", ".join(unknown))
     worse = filled.index[filled["model"] > filled["linear"]]
     if len(worse):
         print("straight lines did better on test in", ", ".join(worse))
-    blank = len(table.observed) - placed
+    blank = len(table.observed) - placed                    # they come last
     if blank:
         print(f"{blank:,} rows without a time or any value are left as they are")
     write_text(args.fill, text, lines, args)
@@ -209,30 +209,30 @@ def get_lr(step, args):
     if step < args.warmup_steps:
         return args.lr * (step + 1) / args.warmup_steps
     min_lr = min(args.min_lr, args.lr)                      # --lr 1e-5 is not meant to rise
-    progress = (step - args.warmup_steps) / max(1, args.max_steps - 1 - args.warmup_steps)
+    progress = (step - args.warmup_steps) / max(1, args.max_steps - 1 - args.warmup_steps)  # 0 to 1
     coeff = 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))          # from 1 to 0
     return min_lr + coeff * (args.lr - min_lr)
 
 
 def make_example(model, batch, args, generator, step=None, case=None):
     """data.Batch -> what is shown (Batch), what the model sees of it (Inputs), what is asked (Targets)."""
-    shown, targets = objective(batch, args, generator, step, case)
-    inputs = model.inputs(shown)
+    shown, targets = objective(batch, args, generator, step, case)  # the one line about the objective
+    inputs = model.inputs(shown)                            # no hidden value, but the base
     return shown, inputs, within_clip(targets, inputs.base, args.clip)
 
 
 def measure_base(model, table, args):
     """(N,) root mean squared error of the base on some train windows, the unit of the numeric loss: it says
     what share of the base's error is left, and a calm column weighs as much as a wild one."""
-    generator = step_generator(0)
+    generator = step_generator(0)                           # whatever --seed is: losses compare
     batch = table.batch(table.sample("train", 64, generator))
     lines = []
     for (kind, name), case in eval_cases(args).items():
-        _, inputs, targets = make_example(model, batch, args, generator, case=case)
-        answers = {"base": (inputs.base, inputs.categorical)}
+        _, inputs, targets = make_example(model, batch, args, generator, case=case)  # as evaluation asks
+        answers = {"base": (inputs.base, inputs.categorical)}       # judged as every rival is
         add_errors(lines, kind, name, table.schema, targets, answers)
     square = mean_errors(pd.concat(lines), table.schema.numeric, "square", "column").loc["base"]
-    rmse = square[table.schema.numeric].fillna(0.0) ** 0.5
+    rmse = square[table.schema.numeric].fillna(0.0) ** 0.5  # NaN: nothing was asked
     return torch.tensor(rmse.to_numpy()).float().clamp(min=0.01)        # a constant column has no error
 
 
@@ -241,14 +241,14 @@ def evaluate(model, table, split, stride, base_rmse, args, autocast):
     """The model and every baseline on a whole split, the same windows and masks every time. Returns the mean
     losses, (3,); the summed errors, see data.add_errors; and for each number asked its |error| / scale."""
     model.eval()                                            # no dropout, until the next step
-    losses = torch.zeros(3)
+    losses = torch.zeros(3)                                 # of numbers, categories, scales
     lines = []
     cells = []
     cases = eval_cases(args)
     for i, ((kind, name), case) in enumerate(cases.items()):
         generator = step_generator(0, i)                    # of its own: the same masks always
-        sums = torch.zeros(3)
-        counts = torch.zeros(3)
+        sums = torch.zeros(3)                               # of losses, divided once at the end:
+        counts = torch.zeros(3)                             # batches ask for more or fewer cells
         for windows in table.starts(split, stride).split(32):
             batch = table.batch(windows)
             shown, inputs, targets = make_example(model, batch, args, generator, case=case)
@@ -264,18 +264,18 @@ def evaluate(model, table, split, stride, base_rmse, args, autocast):
             score = targets.score[..., :scale.shape[-1]]
             cells.append(pd.DataFrame({"kind": kind, "column": score.nonzero()[:, 2],
                                        "ratio": ratio[score], "scale": scale[score]}))
-        losses += sums / counts.clamp(min=1) / len(cases)
+        losses += sums / counts.clamp(min=1) / len(cases)   # a case asked for little weighs as much
     return losses, pd.concat(lines), pd.concat(cells)
 
 
 def fit_intervals(val, test, schema, args):
     """(N,) by which factor of its scale --coverage of a column's errors on val are off at most (conformal
     prediction, Vovk 2005). val, test: cells of `evaluate`; prints how that goes on test."""
-    factor = val.groupby("column")["ratio"].quantile(args.coverage)
-    factor = factor.reindex(range(len(schema.numeric)), fill_value=1.0)
-    test = test.assign(inside=test["ratio"] <= test["column"].map(factor))
+    factor = val.groupby("column")["ratio"].quantile(args.coverage)     # 0.9: nine of ten are nearer
+    factor = factor.reindex(range(len(schema.numeric)), fill_value=1.0)     # val had no cell of it
+    test = test.assign(inside=test["ratio"] <= test["column"].map(factor))  # cells it has not seen
     means = test.groupby(["column", "kind"])["inside"].mean().unstack()
-    means["width"] = 2 * factor * test.groupby("column")["scale"].mean() * schema.scale
+    means["width"] = 2 * factor * test.groupby("column")["scale"].mean() * schema.scale  # low to high
     print_table(f"intervals of {args.coverage}: share of test cells inside, and mean width, own units",
                 means.rename(index=dict(enumerate(schema.numeric))))
     return torch.tensor(factor.to_numpy()).float()
@@ -291,7 +291,7 @@ def build_model(table, args, checkpoint, device):
                     closed=args.base == "closed" and closed_form is not None)
     torch.manual_seed(args.seed)                            # the weights; the same on all ranks
     model = TableTransformer(config, closed_form).to(device)
-    matrices = [p for p in model.parameters() if p.dim() >= 2]
+    matrices = [p for p in model.parameters() if p.dim() >= 2]      # and embeddings
     vectors = [p for p in model.parameters() if p.dim() < 2]            # biases, norms: not drawn to 0
     groups = [{"params": matrices, "weight_decay": args.weight_decay},
               {"params": vectors, "weight_decay": 0.0}]
@@ -302,20 +302,20 @@ def build_model(table, args, checkpoint, device):
                 fail(f"{args.out_dir}/last.pt holds a model of another shape: {name} must stay {value}")
         model.load_state_dict(checkpoint["model"])
         # what Adam remembers comes from the checkpoint, its settings from the flags
-        kept = {"state": checkpoint["optimizer"]["state"]}
+        kept = {"state": checkpoint["optimizer"]["state"]}  # its averages of gradients
         optimizer.load_state_dict(optimizer.state_dict() | kept)
     return model, optimizer
 
 
 def conclude(model, table, base_rmse, args, autocast, history):
     """The test split, read once, with the best weights. Returns its errors, and the factor of intervals."""
-    model.load_state_dict(load_checkpoint(f"{args.out_dir}/best.pt", SCRIPT)["model"])
-    _, _, val = evaluate(model, table, "val", table.seq_len, base_rmse, args, autocast)
+    model.load_state_dict(load_checkpoint(f"{args.out_dir}/best.pt", SCRIPT)["model"])  # not the last
+    _, _, val = evaluate(model, table, "val", table.seq_len, base_rmse, args, autocast)  # fits intervals
     _, errors, test = evaluate(model, table, "test", args.eval_stride, base_rmse, args, autocast)
     factor = fit_intervals(val, test, table.schema, args)
     results = {"script": SCRIPT, "data": args.data, "seed": args.seed, "n_params": model.n_params,
                "steps": args.max_steps, **report_test(model, table, errors, factor, args)}
-    text = json.dumps(results, indent=1)
+    text = json.dumps(results, indent=1)                    # whole or not at all, as all files
     replace_file(f"{args.out_dir}/results.json", lambda path: Path(path).write_text(text))
     print_table("mean absolute error, own units", own_errors(errors, table.schema).dropna())
     log = pd.DataFrame(history, columns=["step", "train", "val"]).set_index("step")
@@ -325,21 +325,21 @@ def conclude(model, table, base_rmse, args, autocast, history):
 
 def main(argv=None):
     """Train, then judge on the test split. Returns the rows of log.csv."""
-    args, checkpoint = parse(get_parser(), argv, SCRIPT)
+    args, checkpoint = parse(get_parser(), argv, SCRIPT)    # --resume: the flags of the checkpoint
     rank = int(os.environ.get("RANK", 0))                   # one process, or one of several of torchrun
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    device, dtype = pick_device(args)
+    world = int(os.environ.get("WORLD_SIZE", 1))            # how many processes
+    device, dtype = pick_device(args)                       # cuda where there is one, else cpu
     # weights stay float32; autocast does matrix products in a shorter type
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)  # or it underflows
     if checkpoint:
-        scaler.load_state_dict(checkpoint["scaler"])
+        scaler.load_state_dict(checkpoint["scaler"])        # it has found a scale that works
 
     table = load_table(args, schema=checkpoint and Schema(**checkpoint["schema"]))
     args.seq_len = table.seq_len                            # a short table has shorter windows
     args.eval_stride = args.eval_stride or max(1, table.seq_len // 4)           # each cell comes four times
     prepared = prepare(table, args)                         # what is to be written at the end
-    raw, optimizer = build_model(table, args, checkpoint, device)
+    raw, optimizer = build_model(table, args, checkpoint, device)   # before DDP and compile wrap it
     base_rmse = measure_base(raw, table, args).to(device)                       # (N,)
     # of the losses; that of the scales is Adam's to weigh, and must not count in the norm that is clipped
     weight = torch.tensor([1.0, args.category_weight, 1e-3], device=device)
@@ -347,16 +347,16 @@ def main(argv=None):
     model = torch.compile(raw) if args.compile else raw
     if world > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-        model = torch.nn.parallel.DistributedDataParallel(model)
+        model = torch.nn.parallel.DistributedDataParallel(model)    # averages gradients over ranks
     if rank == 0:                                           # one process speaks and writes for all
         print(f"{args.data}: {len(table.observed)} rows, {raw.n_params:,} parameters, {device} {dtype}")
         for hint in find_hints(table, args):
             print("hint:", hint)
-    kept = checkpoint or {}
+    kept = checkpoint or {}                                 # where the run begins, or goes on
     step = kept.get("step", 0)
-    best = kept.get("best", math.inf)
-    history = kept.get("history", [])
-    val = math.nan
+    best = kept.get("best", math.inf)                       # lowest val loss so far
+    history = kept.get("history", [])                       # rows of log.csv
+    val = math.nan                                          # not known until the first evaluation
 
     def save(name):
         state = {"script": SCRIPT, "args": vars(args), "schema": asdict(table.schema),
@@ -366,7 +366,7 @@ def main(argv=None):
         replace_file(f"{args.out_dir}/{name}", lambda path: torch.save(state, path))
         replace_file(f"{args.out_dir}/log.csv", lambda path: pd.DataFrame(history).to_csv(path, index=False))
 
-    start = time.perf_counter()
+    start = time.perf_counter()                             # of this process, not of the run
     while True:
         # evaluate and save
         if rank == 0 and (step % args.eval_every == 0 or step >= args.max_steps):
@@ -386,8 +386,8 @@ def main(argv=None):
 
         # one optimiser step; batches and masks depend on seed, step and rank alone, so a run that was
         # resumed sees what it would have seen
-        model.train()
-        lr = get_lr(step, args)
+        model.train()                                       # evaluation has turned dropout off
+        lr = get_lr(step, args)                             # set by hand: no scheduler to save
         for group in optimizer.param_groups:
             group["lr"] = lr
         generator = step_generator(args.seed, step, rank)
@@ -397,7 +397,7 @@ def main(argv=None):
         count = sum(count_scored(targets) for _, _, targets in examples).to(device)     # (3,)
         if world > 1:
             dist.all_reduce(count)                          # scored cells of the whole step
-        loss = torch.zeros(3, device=device)
+        loss = torch.zeros(3, device=device)                # for the log
         for _, inputs, targets in examples:
             with autocast:
                 prediction = model(move(inputs, device))
@@ -418,23 +418,23 @@ def main(argv=None):
             print(f"error: step {step}, rank {rank}: the gradient norm is not finite; stopped before the "
                   f"step, last.pt and best.pt in {args.out_dir} are sound", *why, sep="\n  ", file=sys.stderr)
             raise SystemExit(1)
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad(set_to_none=True)
+        scaler.step(optimizer)                              # left out if float16 overflowed
+        scaler.update()                                     # a smaller scale then, else in time a larger
+        optimizer.zero_grad(set_to_none=True)               # gradients add up until told not to
         step += 1
 
         # log
         if step % args.log_every == 0 or step in (1, args.max_steps):
             if world > 1:
                 dist.all_reduce(loss)                       # each rank holds its share of the mean
-            train = float(loss[:2] @ weight[:2])
+            train = float(loss[:2] @ weight[:2])            # waits for the GPU: not every step
             history.append({"step": step, "train": train, "val": val, "lr": lr, "norm": float(norm)})
             if rank == 0:
                 print(f"step {step:5d} | loss {train:.4f} | lr {lr:.1e} | norm {norm:.2f} | "
                       f"{time.perf_counter() - start:.0f} s", flush=True)
 
     if world > 1:
-        dist.barrier()
+        dist.barrier()                                      # rank 0 may still be saving
         model = raw                                         # frees the wrapper before its process group
         dist.destroy_process_group()
     if rank == 0:
