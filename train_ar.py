@@ -264,7 +264,9 @@ def write_result(model, table, prepared, errors, factor, args):
     lines = []
     for j, name in enumerate(table.schema.numeric + table.schema.categorical):
         here = there[:, j].nonzero()[:, 0].numpy()          # new rows that get a value
-        if len(here):
+        if len(here) == 0:
+            print(f"{name} is left empty: it has no value in the last rows, or in the train rows")
+        else:
             cells = said[:, here, j]                        # (4, n)
             lines.append(write_cells(rows, here, name, cells, table, text, args, forecast=True))
     write_text(args.to, rows, lines, args)

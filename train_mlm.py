@@ -188,13 +188,8 @@ def write_result(model, table, text, errors, factor, args):
             rows = table.keys.index[gaps]                   # of the file
             lines.append(write_cells(text, rows, name, said[:, gaps, j], table, text, args))
             filled.loc[name] = [len(gaps), *test.loc[name, ["model", "linear"]]]
-    print_table("filled cells, and the mean error on test of runs as long as the holes, own units", filled)
-    unknown = filled.index[filled["model"].isna()]          # columns that are filled all the same
-    if len(unknown):
-        print("not judged, for test has no values within --clip:", ", ".join(unknown))
-    worse = filled.index[filled["model"] > filled["linear"]]
-    if len(worse):
-        print("straight lines did better on test in", ", ".join(worse))
+    print_table("filled cells, and the mean error on test of runs as long as the holes, own units (-: not "
+                "judged, for test has no values within --clip)", filled)
     blank = len(table.observed) - placed                    # they come last
     if blank:
         print(f"{blank:,} rows without a time or any value are left as they are")
