@@ -278,7 +278,7 @@ DATE_LIKE = "|".join([
     rf"\b{MONTH}[-. ,]+(?:\d{{1,2}},? )?\d{{2}}(?:\d\d)?\b",    # Dec-24, Tuesday, Dec 31, 2024
     r"^(?:19|20)\d\d[01]\d[0-3]\d(?:T?\d{2,6})?$",              # 20241231, 202412311030
     r"^[0-3]\d[0-3]\d(?:19|20)\d\d$",                           # 31122024
-    r"^\d{1,2}:\d\d"])                                          # 10:30
+    r"^\d{1,2}:\d\d|^\d+ days?\b"])                             # 10:30, 3 days
 # (milli)seconds since 1970, or 202412: only where the name says time
 IF_NAMED = r"1\d{9}(?:\d{3})?(?:\.\d+)?|(?:19|20)\d\d(?:0[1-9]|1[0-2])"
 NAMED_TIME = r"(?i)(?:\b|_)(?:time|date|datum|epoch|year|month)|stamp|zeit"     # and no candidate
@@ -306,7 +306,7 @@ def read_raw(args, **options):
 
 def read_frame(args):
     """The table as a DataFrame of at least one row, with NaN for what is missing."""
-    frame = read_raw(args, na_values=MISSING + args.na_values)
+    frame = read_raw(args, na_values=MISSING + args.na_values).replace(r"^\s+$", np.nan, regex=True)
     if len(frame) == 0:                                     # a header alone
         fail(f"{args.data}: the table has no rows")
     if frame.shape[1] == 1 and re.search("[;|\t]", frame.columns[0]):
@@ -400,13 +400,13 @@ warnings.filterwarnings("ignore", "Parsing dates|A future version of pandas will
 YMD = {"year": "%Y", "month": "%m", "day": "%d", "hour": "%H", "minute": "%M", "second": "%S"}
 SECOND_TIME = "dropped: a second time column"
 # what pandas does not guess: years of two digits, months without a day, hours up to twelve or alone
-OTHER_DATES = ["%d.%m.%y", "%m/%d/%y", "%d/%m/%y", "%d-%b-%y", "%m/%d/%Y", "%d/%m/%Y", "%Y-%m-%d"]
+OTHER_DATES = ["%d.%m.%y", "%m/%d/%y", "%d/%m/%y", "%d-%b-%y", "%d-%b-%Y", "%m/%d/%Y", "%d/%m/%Y", "%Y-%m-%d"]
 OTHER_CLOCKS = ["", " %H", " %H:%M", " %H:%M:%S", " %H.%M", " %H.%M.%S", " %I:%M %p", " %I:%M:%S %p"]
 OTHER_PATTERNS = [date + clock for date in OTHER_DATES for clock in OTHER_CLOCKS]
 OTHER_PATTERNS += ["%m/%Y", "%b %Y", "%B %Y", "%b-%y", "%b-%Y", "%Y%m%d%H", "%Y%m", "%d%m%Y", "%m%d%Y"]
 NUMBER_PATTERNS = {"s": r"1\d{9}(?:\.\d+)?", "ms": r"1\d{12}(?:\.\d+)?", "elapsed": r"\d+:\d\d(?::\d\d)?"}
 # what strftime pads and others do not, and how they write zones: patterns to replace in its text
-MANNERS = [("$^", ""), (r"(?<![\d:.])0(\d)", r"\1"), (r"(?<!\d)0(\d)(?=\.)", r"\1"), (r"\+0000$", "Z"),
+MANNERS = [("$^", ""), (r"(?<![\d:.])0(\d)", r"\1"), (r"(?<![\d:])0(\d)(?=[-/. ])", r"\1"), (r"\+0000$", "Z"),
            (r"([+-]\d\d)(\d\d)$", r"\1:\2"), (r"(\.\d{3})000$", r"\1"), (r"(\.\d{3})000\+0000$", r"\1Z")]
 
 
@@ -506,10 +506,12 @@ def time_step(stamps):
     if days == 1 and share.min() < 0.02 and len(stamps) > 14:           # shut on Sundays
         return pd.offsets.CustomBusinessDay(weekmask=tuple(share > 0.02))
     if days > 27:
-        if stamps.dt.day.nunique() == 1:                    # the 15th of each month
-            return pd.DateOffset(months=round(days / 30.4))
-        if stamps.dt.is_month_end.all():
+        day = stamps.dt.day
+        last = stamps.dt.is_month_end
+        if last.all():
             return pd.offsets.MonthEnd(round(days / 30.4))  # 31 January, 29 February
+        if (last | (day == day.max())).all():               # the 15th, or the 30th where there is one
+            return pd.DateOffset(months=round(days / 30.4))
         named = pd.infer_freq(stamps.iloc[-12:])            # the last Friday of each month
         if named:
             return pd.tseries.frequencies.to_offset(named)
@@ -1167,6 +1169,8 @@ def find_hints(table, args):
         digits = pd.Series(words, dtype=str).str.fullmatch(r"\D{0,2}\d[\d.,'\s]*\D?")
         if len(words) > 20 and digits.mean() > 0.9 and name not in args.categorical_cols:
             hints.append(f"{name}: are its texts numbers (such as {words[0]})? --numeric_cols, --decimal")
+        elif len(words) > 20 and len(words) > len(table.observed) / 4:
+            hints.append(f"{name}: {len(words)} texts, nearly each another: --drop_cols {name}?")
     for name, kind in table.kinds.items():
         if "distinct" in kind:
             hints.append(f"{name}: {kind}")

@@ -191,15 +191,15 @@ def finished(toy_csv, tmp_path_factory):
 
 # ---- data.py
 def test_nan_stops_at_the_door(tmp_path):
-    odd = ["1.5", "nan", "inf", "-1.18e42", "-inf", "Bad"] * 2 + list(range(48))
+    odd = ["1.5", "nan", "inf", "-1.18e42", "-inf", "Bad", "-9.00", " "] * 2 + list(range(44))
     (tmp_path / "in.csv").write_text("t,a,b,empty,const,word\n" + "".join(
         f"2024-01-01 00:{i:02d}:00,{x},{'' if i % 3 else i},,7,{'x' * (i % 2)}\n" for i, x in enumerate(odd)))
-    table = load_table(data_args("--seq_len 8 --data", tmp_path / "in.csv"))
+    table = load_table(data_args("--seq_len 8 --na_values -9 --data", tmp_path / "in.csv"))
     batch, names = table.batch(table.starts("train", 1)), table.schema.numeric
     assert all(torch.isfinite(x.float()).all() for x in batch)
     assert (torch.cat([batch.numeric, batch.categorical], dim=-1)[~batch.observed] == 0).all()
-    # two each of nan, inf, -1.18e42, -inf and a word among numbers
-    assert (~table.observed[:, names.index("a")]).sum() == 10
+    # two each of nan, inf, -1.18e42, -inf, a word among numbers, -9 and a blank
+    assert (~table.observed[:, names.index("a")]).sum() == 14
     assert table.schema.scale[names.index("const")] == 1.0  # naive: 8 and 10 of the zoo
 
 def test_schema_sees_train_rows_only_and_no_spike():
@@ -939,6 +939,9 @@ TIMES = [   # what public files were like that once went wrong: header, times as
     ("Datum", [f"{t.day}. {['Jän', 'Feb', 'Mär', 'Apr'][t.month - 1]} 22" for t in DAYS], "",
      "refused: Datum"),
     ("t", DAYS.strftime("%d%m%Y"), "", "01052022"),
+    ("t", [f"{t.day}-{t:%b-%Y %I:%M %p}" for t in HOURS], "", "6-Jan-2018 12:00 AM"),
+    ("t", [f"{t.replace(day=min(30, t.days_in_month)):%Y-%m-%d}" for t in MONTHS[:-3]], "", "2009-10-30"),
+    ("t", [f"{i} days 00:00:00" for i in range(120)], "", "refused: 't' / --drop_cols"),
     ("t", range(1000, 1120), "--time_format %H", "refused: --time_col"),
     ("t", [f"{i:04d}" for i in range(120)], "--time_col t", "120"),
     ("t", DAYS.strftime("%y|%d|%m"), "--time_col t --time_format '%y|%d|%m'", "22|01|05"),
@@ -1034,6 +1037,7 @@ def test_hints_name_their_flag_and_unlike_groups_are_not_filled(tmp_path, capsys
         return " ".join(data.find_hints(table_of(frame, "--seq_len 8", *flags), data_args(*flags)))
     long = {"t": np.repeat(HOURS, 3), "what": ["HR", "BP", "T"] * 120, "x": 1.0}
     assert "--group_col what" in hints(long) and "--group_col" not in hints(long, "--group_col what")
+    assert "--drop_cols id" in hints({"id": [f"no. {i}" for i in range(200)], "x": 1.0})
     spoilt = pd.DataFrame(rng.normal(50, 3, (200, 3)), columns=list("abc"))
     assert "--na_values -200" in hints(spoilt.mask(rng.random((200, 3)) < 0.1, -200)) and hints(spoilt) == ""
     unlike = pd.DataFrame({"g": np.repeat(list("abcd"), 60), "x": rng.uniform(1, 2, 240)})
