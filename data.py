@@ -320,18 +320,21 @@ def read_frame(args):
 def read_cells(frame, kinds, schema, args):
     """The columns to learn, of kinds or of the schema of a checkpoint: numbers as float64, categories as
     text, NaN where there is no value."""
-    names = {kind: [name for name in kinds if kinds[name] == kind] for kind in ("numeric", "categorical")}
-    if schema:
-        names = {"numeric": schema.numeric, "categorical": schema.categorical}
-    cells = {}                                              # column -> its values
-    for name in names["numeric"] + names["categorical"]:
+    numeric = [name for name in kinds if kinds[name] == "numeric"]
+    categorical = [name for name in kinds if kinds[name] == "categorical"]
+    if schema:                                              # whatever this file looks like
+        numeric = schema.numeric
+        categorical = schema.categorical
+    for name in numeric + categorical:
         if name not in frame:
             fail(f"{args.data}: there is no column {name!r}, which the checkpoint was trained on")
-        cells[name] = frame[name].astype("string")
+    cells = {}                                              # column -> its values
     missing = pd.to_numeric(pd.Series(args.na_values, dtype=str), errors="coerce")
-    for name in names["numeric"]:
+    for name in numeric:
         x = read_numbers(frame[name], args)
         cells[name] = np.where(np.isin(x, missing), np.nan, x)          # -999 is -999.00 as well
+    for name in categorical:
+        cells[name] = frame[name].astype("string")
     return pd.DataFrame(cells, frame.index)
 
 

@@ -748,16 +748,18 @@ def test_below_the_marker_the_two_scripts_are_one():
     assert own == {name for name in common if ours[name] != theirs[name]}
 
 @pytest.mark.parametrize("name,lines,characters,tokens", [
-    ("data.py", 1245, 47, 12.7), ("masking.py", 355, 42, 12.5), ("model.py", 388, 43, 12.6),
-    ("train_mlm.py", 454, 48, 12), ("train_ar.py", 522, 47.5, 12.5)])
+    ("data.py", 1220, 47, 12.6), ("masking.py", 355, 42, 12.5), ("model.py", 388, 43, 12.5),
+    ("train_mlm.py", 449, 48, 12), ("train_ar.py", 524, 47.5, 12.4)])
 def test_the_files_stay_small_and_plain(name, lines, characters, tokens):
-    """Lines of the file; characters and tokens a line of code; lines of a function."""
+    """Lines of the file; characters and tokens a line of code; comments; lines of a function."""
     source = (ROOT / name).read_text()
-    code = [token for token in tokenize.generate_tokens(io.StringIO(source).readline)
+    every = list(tokenize.generate_tokens(io.StringIO(source).readline))
+    code = [token for token in every
             if token.type != tokenize.COMMENT and token.string.strip() and not token.string.startswith('"""')]
     rows = {token.start[0]: token.line.split("  #")[0].strip() for token in code}
     assert source.count("\n") <= lines and len(code) / len(rows) <= tokens
     assert np.mean([len(line) for line in rows.values()]) <= characters
+    assert sum(token.type == tokenize.COMMENT for token in every) > 0.29 * len(rows)
     functions = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.FunctionDef)]
     assert all(f.end_lineno - f.lineno <= 50 for f in functions if f.name != "main")
 

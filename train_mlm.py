@@ -111,7 +111,8 @@ def baselines(shown, args, closed_form=None):
     line = interpolate(shown.numeric, known, shown.time)    # (B, T, N)
     nearest = nearest_category(shown.categorical, known_ids, shown.time)    # (B, T, K)
     answers = {"linear": (line, nearest)}
-    answers["last"] = last_known(shown.numeric, known), last_known(shown.categorical, known_ids)
+    last = last_known(shown.numeric, known)
+    answers["last"] = last, last_known(shown.categorical, known_ids)
     answers["mean"] = torch.zeros_like(line), torch.zeros_like(nearest)         # 0: centre of the train rows
     if closed_form is not None:
         fill, _ = gaussian_fill(line, known, closed_form)
