@@ -69,14 +69,14 @@ class Table:
     observed: torch.Tensor      # (rows, F) bool
     clock: torch.Tensor         # (rows, C) float32
     time: torch.Tensor          # (rows,) float64, in median steps
-    keys: pd.DataFrame          # (rows,) "group" and "time" of each row. Its index is the row of the file;
+    keys: pd.DataFrame          # (rows, 2) "group" and "time" of each row. Its index is the row of the file;
                                 # numbers beyond its end are rows that --regular inserts
     time_columns: list          # of the file
     pattern: str                # for strftime; "s" or "ms": since 1970; "elapsed": 37:15; or "as it is"
     kinds: dict                 # column of the file -> what it was taken for
     seq_len: int                # T
-    segments: dict              # split -> (S, 2) int64, [start, end) rows of S sequences that may be read;
-                                # "all" -> every sequence whole
+    segments: dict              # split -> (S, 2) int64, [start, end) rows of S sequences; val and test may
+                                # begin up to T rows early, see split_rows; "all" -> every sequence whole
     unlike: dict                # numeric column -> how many times more it varies in one group than in another
 
     def starts(self, split, stride):
@@ -118,7 +118,7 @@ def load_table(args, frame=None, schema=None):
     """args: the flags of `make_parser`; frame: a DataFrame to use instead of args.data; schema: of a
     checkpoint, and then nothing is learned from this file. Returns a Table."""
     if frame is None:
-        frame = read_frame(args)                            # text, NaN where nothing is
+        frame = read_frame(args)                            # NaN where nothing is
     frame = frame.reset_index(drop=True)                    # rows are known by their number alone
     texts = frame.select_dtypes(exclude="number").columns
     frame = frame.astype(dict.fromkeys(texts, "string"))    # dates and true/false as in a .csv
@@ -145,7 +145,7 @@ def load_table(args, frame=None, schema=None):
         is_train[start:end] = True
     if schema is None:
         schema = fit_schema(frame, keys["time"], is_train, args)
-    numeric, categorical, observed = encode(frame, schema)  # the last of NaN
+    numeric, categorical, observed = encode(frame, schema)  # no NaN in these
     return Table(schema=schema, numeric=numeric, categorical=categorical, observed=observed,
                  clock=time_features(keys["time"], schema.cycles, args), time=median_steps(keys),
                  keys=keys, time_columns=columns, pattern=pattern, kinds=kinds, seq_len=seq_len,
@@ -164,7 +164,7 @@ def encode(frame, schema):
         numeric[:, j] = scaled.clip(-1e9, 1e9).fillna(0.0)              # so that squares are finite
     for k, name in enumerate(schema.categorical):
         code = pd.Index(schema.vocabulary[k], dtype="str").get_indexer(frame[name])     # -1: not in train
-        categorical[:, k] = np.where(frame[name].notna(), code + 2, NO_ID)
+        categorical[:, k] = np.where(frame[name].notna(), code + 2, NO_ID)          # -1 + 2 is UNK_ID
     return torch.from_numpy(numeric), torch.from_numpy(categorical), torch.from_numpy(observed)
 
 
@@ -200,8 +200,8 @@ def fit_schema(frame, stamps, is_train, args):
 
 
 def time_features(stamps, cycles, args):
-    """Time stamps -> clock (rows, 2 * cycles) float32: sin and cos of the place in each cycle. An angle has
-    no midnight at which it jumps, as hours from 0 to 23 do."""
+    """Time stamps -> clock (rows, 2 * cycles) float32: sin and cos of the place in each cycle. They have no
+    midnight at which they jump, as hours from 0 to 23 do."""
     clock = np.zeros((len(stamps), 2 * len(cycles)), np.float32)
     if cycles and not is_datetime64_any_dtype(stamps):
         fail(f"{args.data}: it has no time stamps, which the checkpoint was trained with (--time_col)")
@@ -216,7 +216,7 @@ def time_features(stamps, cycles, args):
 def step_generator(*key):
     """A CPU generator seeded by a key such as (seed, step, rank). All that is random in a step comes from one
     of these, so resuming needs no saved state. SeedSequence hashes: neighbours have nothing in common."""
-    seed = np.random.SeedSequence((len(key), *key)).generate_state(1)[0]
+    seed = np.random.SeedSequence((len(key), *key)).generate_state(1)[0]    # or (1, 0) would be (1,)
     return torch.Generator().manual_seed(int(seed))
 
 
@@ -294,7 +294,8 @@ def read_raw(args, **options):
         if source.endswith(".parquet"):                     # is read as the .csv that pandas would write
             frame = pd.read_parquet(source)
             named = any(frame.index.names) or isinstance(frame.index, pd.DatetimeIndex)  # dates, likely
-            source = io.StringIO(frame.to_csv(index=named, sep=args.sep, decimal=args.decimal))
+            text = frame.to_csv(index=named, sep=args.sep, decimal=args.decimal, lineterminator="\r\n")
+            source = io.StringIO(text)
         return pd.read_csv(source, dtype=str, sep=args.sep, encoding=args.encoding, skiprows=args.skiprows,
                            skip_blank_lines=False, **options)
     except FileNotFoundError:
@@ -313,7 +314,7 @@ def read_frame(args):
         fail(f"{args.data}: one column called {frame.columns[0]!r}: another separator? --sep ';'")
     if not isinstance(frame.index, pd.RangeIndex):          # pandas takes the first cells for names of rows
         fail(f"{args.data}: its rows have more cells than its header has names: give each column one, or "
-             "leave out lines above the header (--skiprows)")
+             "leave out what stands above the header, blank lines as well (--skiprows 0 1)")
     return frame
 
 
@@ -373,9 +374,9 @@ def infer_kind(column, args):
     """The kind of a column that no flag speaks of."""
     words = column.dropna()
     if looks_like_time(words):
-        return SECOND_TIME if args.time_col else "time"     # the user has chosen another
-    # 007 is no number, for it is not 7; a "Bad" among numbers is a missing number
-    is_code = not is_numeric_dtype(words) and words.str.fullmatch(r"0\d+").any()
+        return "dropped: a second time column" if args.time_col else "time"
+    # 007 is no number, for it is not 7, but one 00 is dirt; a "Bad" among numbers is a missing number
+    is_code = not is_numeric_dtype(words) and words.str.fullmatch(r"0\d+").sum() > 0.01 * len(words)
     if not is_code and np.isnan(read_numbers(words, args, np.inf)).sum() <= 0.1 * len(words):
         return "numeric"
     named = re.search(NAMED_TIME, str(column.name)) and not args.time_col   # such as Datum: 3. Mai 24
@@ -401,7 +402,6 @@ def read_numbers(column, args, largest=SENTINEL):
 # pandas says when it reads a day as a month, and what infer_freq returns is about to change
 warnings.filterwarnings("ignore", "Parsing dates|A future version of pandas will return a BaseOffset")
 YMD = {"year": "%Y", "month": "%m", "day": "%d", "hour": "%H", "minute": "%M", "second": "%S"}
-SECOND_TIME = "dropped: a second time column"
 # what pandas does not guess: years of two digits, months without a day, hours up to twelve or alone
 OTHER_DATES = ["%d.%m.%y", "%m/%d/%y", "%d/%m/%y", "%d-%b-%y", "%d-%b-%Y", "%m/%d/%Y", "%d/%m/%Y", "%Y-%m-%d"]
 OTHER_CLOCKS = ["", " %H", " %H:%M", " %H:%M:%S", " %H.%M", " %H.%M.%S", " %I:%M %p", " %I:%M:%S %p"]
@@ -475,16 +475,12 @@ def read_columns(frame, columns, args):
 def read_time(frame, kinds, args):
     """The time columns, their pattern (see Table), and stamps or numbers, a Series; or a refusal."""
     columns = args.time_col or [name for name in kinds if kinds[name] == "time"]  # in the file's order
-    if args.time_format and not columns:
-        fail(f"{args.data}: no column looks like time: --time_col says which, for --time_format")
+    if (args.time_format or args.regular) and not columns:
+        fail(f"{args.data}: no column looks like time, for --time_format or --regular: --time_col says which")
     if not columns:                                         # the number of the row; a blank row has none
         number = pd.Series(np.arange(len(frame), dtype=float), frame.index)     # a row a step
         blank = frame.isna().all(axis=1) & (frame.shape[1] > 1)
         return [], "as it is", number.mask(blank)
-    if len(columns) > 1 and not args.time_col:              # a date of installation tells no rows apart
-        kinds.update(dict.fromkeys(columns, SECOND_TIME))
-        columns = [name for name in columns if name.lower() in YMD or frame[name].nunique() > 1] or columns
-        kinds.update(dict.fromkeys(columns, "time"))
     first = frame[columns[0]]
     numbers = pd.Series(read_numbers(first, args), first.index)
     is_number = numbers.count() == first.count() and not looks_like_time(first)  # 20240131 is a date
@@ -498,26 +494,35 @@ def read_time(frame, kinds, args):
     return columns, pattern, stamps
 
 
-def time_step(stamps):
-    """The step by which stamps go on: working days, months and the like as such, else the median."""
+def time_step(stamps, every):
+    """The step by which stamps, a Series, go on: working days, months and the like as such, else the median;
+    NaT where months are uneven. every: the stamps of all groups, which say on what days all is shut."""
     stamps = stamps.dropna().drop_duplicates().sort_values()
     step = stamps.diff().median()                           # not the mean: a hole is no step
     if not is_datetime64_any_dtype(stamps) or len(stamps) < 3:
         return step
     days = step / pd.Timedelta(days=1)
-    share = stamps.dt.day_of_week.value_counts(normalize=True).reindex(range(7), fill_value=0.0)  # of rows
-    if days == 1 and share.min() < 0.02 and len(stamps) > 14:           # shut on Sundays
-        return pd.offsets.CustomBusinessDay(weekmask=tuple(share > 0.02))
+    if days == 1:
+        recent = every.dropna().dt.normalize().drop_duplicates().sort_values().iloc[-100:]
+        weeks = (recent.iloc[-1] - recent.iloc[0]).days / 7
+        count = recent.dt.day_of_week.value_counts().reindex(range(7), fill_value=0)
+        is_open = count > 0.1 * weeks
+        if weeks > 2 and not is_open.all():
+            return pd.offsets.CustomBusinessDay(weekmask=tuple(is_open))
     if days > 27:
+        months = round(days / 30.44)
         day = stamps.dt.day
         last = stamps.dt.is_month_end
         if last.all():
-            return pd.offsets.MonthEnd(round(days / 30.4))  # 31 January, 29 February
+            return pd.offsets.MonthEnd(months)              # 31 January, 29 February
         if (last | (day == day.max())).all():               # the 15th, or the 30th where there is one
-            return pd.DateOffset(months=round(days / 30.4))
-        named = pd.infer_freq(stamps.iloc[-12:])            # the last Friday of each month
-        if named:
-            return pd.tseries.frequencies.to_offset(named)
+            return pd.DateOffset(months=months)
+        for end in range(len(stamps), 11, -1):              # the third Friday; one row may be absent
+            stretch = stamps.iloc[end - 12:end]
+            named = pd.tseries.frequencies.to_offset(pd.infer_freq(stretch))
+            if named and stretch.map(named.is_on_offset).all():
+                return named
+        return pd.NaT
     return step
 
 
@@ -538,11 +543,11 @@ def even_keys(keys):
     known = keys.dropna().drop_duplicates().sort_values("time")
     every = []
     for name, own in known.groupby("group")["time"]:
-        step = time_step(own)
+        step = time_step(own, keys["time"])
         first = own.iloc[0]
         last = own.iloc[-1]
         # one stamp from 1970 would need all of memory for those that follow
-        is_dense = last - first < 100 * len(own) * own.diff().median()
+        is_dense = step == step and last - first < 100 * len(own) * own.diff().median()
         if is_dense and isinstance(first, pd.Timestamp):
             own = pd.date_range(first, last, freq=step)     # what steps of this kind would be
         elif is_dense:
@@ -589,7 +594,7 @@ def replace_file(path, write):
         os.makedirs(folder or ".", exist_ok=True)
         write(beside)
         os.replace(beside, path)                            # on one disk this happens whole or not at all
-    except (OSError, RuntimeError) as e:                    # RuntimeError: torch, where the disk is full
+    except (OSError, RuntimeError, ValueError) as e:        # torch on a full disk; another encoding
         if os.path.exists(beside):
             os.remove(beside)                               # half a file helps nobody
         fail(f"{path} cannot be written ({str(e).splitlines()[0]}); what was there before is kept")
@@ -697,7 +702,7 @@ def next_rows(table, text, steps, args):
     """The `steps` rows that come next in each sequence, see new_rows; their clock (sequences, steps, C)."""
     stamps = []
     for _, own in table.keys["time"].groupby(table.keys["group"]):
-        step = time_step(own if len(own) > 1 else table.keys["time"])
+        step = time_step(own if len(own) > 1 else table.keys["time"], table.keys["time"])
         if step != step or own.nunique() <= len(own) / 2:
             fail(f"{args.data}: --forecast cannot go on from {' '.join(table.time_columns)!r}, whose step is "
                  f"{step}: does another column tell sequences (--group_col) or hours (--time_col) apart?")
@@ -920,7 +925,7 @@ def draw_lines(path, frame, xlabel, ylabel):
     """A line for each column of a frame over its index, on a logarithmic scale: errors differ by factors."""
     figure, axes = new_figure(path, 1, 1, (7, 4))
     for axis in axes:
-        frame.plot(ax=axis, logy=True, marker=".", color=COLORS, xlabel=xlabel, ylabel=ylabel)
+        frame.astype(float).plot(ax=axis, logy=True, marker=".", color=COLORS, xlabel=xlabel, ylabel=ylabel)
         figure.savefig(path, dpi=120)
 
 
@@ -1162,7 +1167,7 @@ def find_hints(table, args):
         others = off[off > 1e-6]                            # NaN at the edge itself
         far = (2 * others.min() > others.max()) & (others.nunique() > 10)       # beyond a gap, from many,
         far &= (off == 0).sum() >= 5                        # and often
-        for value, count in edge[far].map("{:g}".format).value_counts().items():
+        for value, count in edge[far].map("{:.7g}".format).value_counts().items():
             hints.append(f"{value} comes again and again, far from all else, in {count} column(s): missing? "
                          f"--na_values {value}")
     for name, ratio in table.unlike.items():
@@ -1174,6 +1179,10 @@ def find_hints(table, args):
             hints.append(f"{name}: are its texts numbers (such as {words[0]})? --numeric_cols, --decimal")
         elif len(words) > 20 and len(words) > len(table.observed) / 4:
             hints.append(f"{name}: {len(words)} texts, nearly each another: --drop_cols {name}?")
+    for k, name in enumerate(schema.categorical):
+        ids = table.categorical[:, k]
+        if (ids == UNK_ID).sum() > (ids > UNK_ID).sum():
+            hints.append(f"{name}: most of its texts are none that was trained on: spelt otherwise?")
     for name, kind in table.kinds.items():
         if "distinct" in kind:
             hints.append(f"{name}: {kind}")
@@ -1201,7 +1210,7 @@ def describe(table, args):
     if table.time_columns:
         absent, repeated = absent_steps(table)
         print(f"time: {' '.join(table.time_columns)} ({table.pattern}), {stamps.min()} to {stamps.max()}, "
-              f"step {time_step(stamps)}, {absent:,} absent, {repeated:,} repeated")
+              f"step {time_step(stamps, stamps)}, {absent:,} absent, {repeated:,} repeated")
     for split in ("train", "val", "test"):
         segments = table.segments[split]
         print(f"{split}: {int(segments.diff(dim=1).sum()):,} rows, {len(segments)} sequence(s), "

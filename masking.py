@@ -9,7 +9,7 @@ loss knows which is which: a cell that was never there has no right answer. What
 
     known = observed & ~hidden
 
-Masks are bool and (B, T, F), numeric columns first. The words are defined at the top of model.py.
+Masks of cells are bool, (B, T, F), numeric columns first. The words are defined at the top of model.py.
 """
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
@@ -19,12 +19,8 @@ import torch.nn.functional as F
 
 from data import UNK_ID, Batch, show, step_generator, tiny_batch
 
-MOST_CELLS = 1600   # of a window, for the closed forms: their matrix has that many squared
-REACH = 10.0        # standard deviations; what is further out tells nothing about its neighbours
-
-
 class Inputs(NamedTuple):
-    """What the model sees of a batch. Nothing that is hidden is in here: whoever copies it cannot leak."""
+    """What the model sees, nothing hidden in it: a copy cannot leak. (The future is is_causal's to keep.)"""
     numeric: torch.Tensor           # (B, T, N) float32, the value where known, else a guess from known ones
     categorical: torch.Tensor       # (B, T, K) int64, the same for ids; 0 = nothing to guess from
     known: torch.Tensor             # (B, T, F) bool, True = a value of the table, False = [MASK]
@@ -52,8 +48,8 @@ def last_true(mask):
 def scorable(batch):
     """Cells with a right answer: (B, T, F) bool, True = observed, and not [UNK], which is no class."""
     N = batch.numeric.shape[-1]
-    known_class = batch.categorical != UNK_ID                                   # (B, T, K)
-    return batch.observed & F.pad(known_class, (N, 0), value=True)
+    has_class = batch.categorical != UNK_ID                                     # (B, T, K)
+    return batch.observed & F.pad(has_class, (N, 0), value=True)
 
 
 def create_masks(observed, mask_prob, generator, span=1.0):
@@ -63,8 +59,8 @@ def create_masks(observed, mask_prob, generator, span=1.0):
     chain, too, that with the shortest runs: 1 / (1 - mask_prob) rows on average."""
     p = torch.as_tensor(mask_prob)
     length = torch.maximum(torch.as_tensor(span), 1 / (1 - p))
-    stay = 1 - 1 / length                       # a hidden cell is followed by another
-    enter = p / (1 - p) / length                # a run begins: then the long-run share is mask_prob
+    stay = 1 - 1 / length                       # the chance that a hidden cell is followed by another
+    enter = p / (1 - p) / length                # and that a run begins: so the long-run share is mask_prob
     # One draw decides: below `enter` hidden, from `stay` on not, in between as the cell before.
     u = torch.rand(observed.shape, generator=generator)                         # (B, T, F)
     hidden = u < enter
@@ -99,8 +95,8 @@ def last_known(values, known):
 
 
 def neighbours(values, known, time):
-    """The nearest known cells of the column at or before each cell and at or after it, and where between them
-    it is in time, from 0 to 1: three (B, T, ...). A side without any is as the other; 0 if both are."""
+    """The nearest known cells of the column at or before each cell and at or after it, and how far it is in
+    time from one to the other, 0 to 1: three (B, T, ...). A side without any is as the other, or else 0."""
     T = known.shape[1]
     before = last_true(known)                                                   # -1 where there is none
     after = T - 1 - last_true(known.flip(1)).flip(1)                            # T where there is none
@@ -142,7 +138,7 @@ def create_attention_mask(valid):
     """valid (B, T) bool -> `attend` (B, 1, T, T) bool, True = may look; `& causal_mask(T)` at the past alone.
     Rows full of [MASK] stay attendable: they still have a clock, a place, and the base."""
     itself = torch.eye(valid.shape[1], dtype=torch.bool)
-    return padding_mask(valid) | itself                 # so that no softmax is ever empty
+    return padding_mask(valid) | itself                 # or padding alone would have an empty softmax
 
 
 def create_inputs(batch, causal, closed_form=None):
@@ -208,6 +204,10 @@ def bert_style_masking(batch, hidden, generator, mask_share=0.8, random_share=0.
 
 
 # the closed forms: what a linear model of the train rows says
+
+MOST_CELLS = 1600   # of a window: their matrix has that many squared
+REACH = 10.0        # standard deviations; what is further out tells nothing about its neighbours
+
 
 def fit_closed_form(table, causal):
     """What gaussian_fill needs, causal autoregress, from the train rows of a data.Table, holes interpolated,

@@ -15,7 +15,8 @@ The transformer and its loss. One token is one row of the table.
     observed  (B, T, F)     True = the table has a value here
     hidden    (B, T, F)     True = we took this value away, the model must guess it
     known     (B, T, F)     True = observed and not hidden: the base and all statistics come from these alone
-    base      (B, T, N)     the guess that the model starts from and corrects
+    base      (B, T, N)     the guess that the model corrects: a straight line, the last value, or what a
+                            closed form says, linear algebra on the train rows (gaussian_fill, autoregress)
     score     (B, T, F)     True = this cell counts in the loss
     attend    (B, 1, T, T)  True = this query may look at this key
 """
@@ -46,7 +47,7 @@ class Config:
     n_head: int = 4             # nh
     n_embd: int = 128           # D
     dropout: float = 0.0
-    clip: float = 10.0          # numbers enter the network clipped to +- this
+    clip: float = 10.0          # values and steps enter the network clipped to +- this
     closed: bool = False        # --base closed: the base is the closed form, not the line or the last value
     causal: bool = False        # False: a row sees all rows of its window. True: itself and the past
 
@@ -82,10 +83,10 @@ class SelfAttention(nn.Module):
         B, T, D = x.shape
         q, k, v = self.qkv(x).split(D, dim=2)                                   # (B, T, D) each
         # heads before rows: given (B, T, nh, hs) the kernel would attend over the heads, without complaint
-        heads = B, T, self.n_head, D // self.n_head
-        q = q.view(heads).transpose(1, 2)                                       # (B, nh, T, hs)
-        k = k.view(heads).transpose(1, 2)
-        v = v.view(heads).transpose(1, 2)
+        by_head = B, T, self.n_head, D // self.n_head
+        q = q.view(by_head).transpose(1, 2)                                     # (B, nh, T, hs)
+        k = k.view(by_head).transpose(1, 2)
+        v = v.view(by_head).transpose(1, 2)
         q = apply_rotary(q, rotary)                                             # (B, nh, T, hs)
         k = apply_rotary(k, rotary)
         # fused, without the (T, T) weights (Dao 2022); a mask or is_causal, never both
@@ -117,9 +118,9 @@ class Block(nn.Module):
 
 class RowEmbedding(nn.Module):
     """A row is the sum of its cells and its clock. A number is its value times a vector of its column, plus
-    its step times another: from the row before, or, if a closed form guesses the next row, to that guess. A
-    category is the vector of its id. Where nothing is known a guess stands in, and the [MASK] vector of the
-    column says so."""
+    its step times another: the change from the row before, or that to the next row if a closed form guesses
+    it. A category is the vector of its id. Where nothing is known a guess stands in, and the [MASK] vector of
+    the column says so. All these vectors but the ids' are the columns of one Linear."""
     def __init__(self, config):
         super().__init__()
         D = config.n_embd
@@ -192,7 +193,7 @@ class TableTransformer(nn.Module):
         self.scale_head = nn.Linear(config.n_embd, config.n_numeric)
         self.class_heads = nn.ModuleList(nn.Linear(config.n_embd, size - 2) for size in config.vocab_sizes)
         hs = config.n_embd // config.n_head
-        # base 100, not the 10,000 of language models: a window is about a hundred rows, not thousands
+        # 100, where language models have 10,000: a window is about a hundred rows, not thousands
         frequency = 100.0 ** (-torch.arange(0, hs, 2) / hs)                     # (hs/2,)
         angle = torch.arange(config.seq_len)[:, None] * frequency               # (T, hs/2)
         rotary = torch.polar(torch.ones_like(angle), angle)                     # complex, of length 1
@@ -213,9 +214,9 @@ class TableTransformer(nn.Module):
         numeric = inputs.numeric
         center = torch.zeros_like(numeric)
         spread = torch.ones_like(numeric)
-        if not self.config.causal:      # the level of the window would tell a causal model about its future
+        if not self.config.causal:      # (the level of the window would tell a causal model its future)
             center, spread = window_scale(numeric, inputs.known[..., :N])       # (B, 1, N) each
-        elif self.config.closed:        # absolute levels are learnt by heart; what counts is the mean so far
+        elif self.config.closed:        # less the mean so far: absolute levels would be learnt by heart
             count = torch.arange(1, T + 1, device=numeric.device)[:, None]      # (T, 1)
             center = numeric.cumsum(dim=1) / count
         values = (numeric - center) / spread                                    # (B, T, N)
@@ -249,7 +250,7 @@ class TableTransformer(nn.Module):
 
     @torch.no_grad()
     def predict(self, batch):
-        """The same -> Prediction."""
+        """data.Batch, `observed` = what is known -> Prediction, without gradients."""
         return self(move(self.inputs(batch), self.norm.weight.device))
 
     def rollout(self, batch, clock, predict=None):
@@ -289,18 +290,17 @@ def sum_losses(prediction, targets, base_rmse, loss="mse"):
     guess = prediction.numeric / base_rmse                                      # (B, T, N)
     truth = targets.numeric / base_rmse
     error = measure(guess, truth, reduction="none")                             # (B, T, N), of each cell
-    # Targets hold no NaN, so torch.where is safe: what it drops has gradient 0; a dropped NaN has NaN
-    numeric = torch.where(scored, error, 0.0).sum()
-    categorical = torch.zeros_like(numeric)
+    # Targets hold no NaN, so torch.where is safe: what it drops has gradient 0, but a dropped NaN has NaN
+    numeric_loss = torch.where(scored, error, 0.0).sum()
+    class_loss = torch.zeros_like(numeric_loss)
     for k, logits in enumerate(prediction.logits):
         target = (targets.categorical[..., k] - 2).clamp(min=0)                 # unscored: any class will do
         error = F.cross_entropy(logits.transpose(1, 2), target, reduction="none")       # (B, T)
-        categorical = categorical + torch.where(targets.score[..., N + k], error, 0.0).sum()
-    off = (prediction.numeric.detach() - targets.numeric).abs()
-    off = off.clamp(min=1e-4)                                                   # a constant is never off
+        class_loss = class_loss + torch.where(targets.score[..., N + k], error, 0.0).sum()
+    off = (prediction.numeric.detach() - targets.numeric).abs().clamp(min=1e-4)     # at 0 a scale vanishes
     nll = off / prediction.scale + prediction.scale.log()
-    scale = torch.where(scored, nll, 0.0).sum()
-    return torch.stack([numeric, categorical, scale])
+    scale_loss = torch.where(scored, nll, 0.0).sum()
+    return torch.stack([numeric_loss, class_loss, scale_loss])
 
 
 # ---- the rest can be skipped at first reading

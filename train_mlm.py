@@ -90,7 +90,7 @@ def objective(batch, args, generator, step=None, case=None):
     shown = hide(batch, hidden)
     if training and args.mask_share < 1:
         shown = bert_style_masking(batch, hidden, generator, args.mask_share, args.random_share)
-    score = hidden                                          # and nothing that the model can see
+    score = hidden                                          # and not what is simply shown
     if training and args.score == "observed":
         score = answerable
     return shown, Targets(batch.numeric, batch.categorical, score)
@@ -113,7 +113,7 @@ def baselines(shown, args, closed_form=None):
     answers = {"linear": (line, nearest)}
     last = last_known(shown.numeric, known)
     answers["last"] = last, last_known(shown.categorical, known_ids)
-    answers["mean"] = torch.zeros_like(line), torch.zeros_like(nearest)         # 0: centre of the train rows
+    answers["mean"] = torch.zeros_like(line), torch.zeros_like(nearest)         # of train rows; no category
     if closed_form is not None:
         fill, _ = gaussian_fill(line, known, closed_form)
         answers["gauss"] = fill, nearest
@@ -213,8 +213,8 @@ def get_lr(step, args):
 def make_example(model, batch, args, generator, step=None, case=None):
     """data.Batch -> what is shown (Batch), what the model sees of it (Inputs), what is asked (Targets)."""
     shown, targets = objective(batch, args, generator, step, case)  # the one line about the objective
-    inputs = model.inputs(shown)                            # no hidden value, but the base
-    return shown, inputs, within_clip(targets, inputs.base, args.clip)
+    inputs = model.inputs(shown)                            # with the base, without a hidden value
+    return shown, inputs, within_clip(targets, inputs.base, args.clip)          # what is beyond is not asked
 
 
 def measure_base(model, table, args):
@@ -333,13 +333,13 @@ def main(argv=None):
 
     table = load_table(args, schema=checkpoint and Schema(**checkpoint["schema"]))
     args.seq_len = table.seq_len                            # a short table has shorter windows
-    args.eval_stride = args.eval_stride or max(1, table.seq_len // 4)           # each cell comes four times
+    args.eval_stride = args.eval_stride or max(1, table.seq_len // 4)   # of test: each cell comes four times
     prepared = prepare(table, args)                         # what is to be written at the end
-    raw, optimizer = build_model(table, args, checkpoint, device)   # before DDP and compile wrap it
+    raw, optimizer = build_model(table, args, checkpoint, device)
     base_rmse = measure_base(raw, table, args).to(device)                       # (N,)
-    # of the losses; that of the scales is Adam's to weigh, and must not count in the norm that is clipped
+    # of the losses; only the scale head learns from the third: Adam undoes 1e-3, clipping hardly sees it
     weight = torch.tensor([1.0, args.category_weight, 1e-3], device=device)
-    # `model` may be wrapped for speed; `raw` owns the weights and is what is evaluated and saved
+    # `model` may be wrapped, to be faster or shared; `raw` owns the weights, is evaluated and saved
     model = torch.compile(raw) if args.compile else raw
     if world > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
@@ -367,12 +367,12 @@ def main(argv=None):
         # evaluate and save
         if rank == 0 and (step % args.eval_every == 0 or step >= args.max_steps):
             losses, errors, _ = evaluate(raw, table, "val", table.seq_len, base_rmse, args, autocast)
-            val = float(losses[:2] @ weight[:2].cpu())      # what the training loss is made of
+            val = float(losses[:2] @ weight[:2].cpu())      # without the loss of the scales
             if history and history[-1]["step"] == step:
                 history[-1]["val"] = val                    # the row was logged before we knew
             mse = mean_errors(errors, table.schema.numeric, "square", "kind").mean(axis=1)
             print(f"step {step:5d} | val loss {val:.4f} | mse", mse.round(4).to_dict())
-            if step > kept.get("step", -1):                 # else it only fills, maybe another file
+            if step > kept.get("step", -1):                 # else the checkpoint has it all
                 if val < best:                              # never true of a NaN
                     best = val
                     save("best.pt")                         # what is judged at the end
