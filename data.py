@@ -705,7 +705,7 @@ def next_rows(table, text, steps, args):
         step = time_step(own if len(own) > 1 else table.keys["time"], table.keys["time"])
         if step != step or own.nunique() <= len(own) / 2:
             fail(f"{args.data}: --forecast cannot go on from {' '.join(table.time_columns)!r}, whose step is "
-                 f"{step}: uneven months? Does a column tell sequences apart (--group_col), or hours (--time_col)?")
+                 f"{step}: uneven months? Which column tells sequences (--group_col) or hours (--time_col)?")
         stamps += [own.iloc[-1] + step * (ahead + 1) for ahead in range(steps)]  # months differ in length
     stamps = pd.Series(stamps)                              # sequence after sequence
     last = np.repeat(table.segments["all"][:, 1].numpy() - 1, steps)    # whose group they carry on
