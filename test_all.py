@@ -10,9 +10,7 @@ Where a test guards against a well-known mistake it runs the mistake too, and sh
 """
 import ast
 import contextlib
-import csv
 import functools
-import gzip
 import io
 import json
 import math
@@ -667,19 +665,14 @@ def test_a_full_disk_or_one_in_the_way_is_one_sentence_and_loses_nothing(finishe
     (tmp_path / "log.csv").mkdir()
     refused(lambda: train(toy_csv, tmp_path), capsys, "log.csv / cannot be written")
 
-def in_parts(batch, args, generators, step=None, case=None):
-    """The objective of equal parts of a batch, each with its own generator, joined."""
-    size = len(batch.valid) // len(generators)
-    parts = [OBJECTIVE(Batch(*x), args, generator, step, case)
-             for *x, generator in zip(*(x.split(size) for x in batch), generators)]
-    return [type(first)(*(torch.cat(x) for x in zip(first, *others))) for first, *others in zip(*parts)]
+def hide_what_is_high(batch, args, generator, step=None, case=None):
+    """An objective without chance: how a window is hidden does not depend on its batch."""
+    hidden = masking.scorable(batch) & (batch.numeric[..., :1] > 0)
+    return hide(batch, hidden), masking.Targets(batch.numeric, batch.categorical, hidden)
 
 def test_small_batches_accumulate_to_one_large_step(toy_csv, tmp_path, monkeypatch):
     """Micro-batches with different numbers of hidden cells weigh as in one batch: one division a step."""
-    def window_by_window(batch, args, generator, step=None, case=None):
-        own = [step_generator(int(1e6 * x.abs().sum())) for x in batch.numeric]         # whatever the batch
-        return in_parts(batch, args, own, step, case)
-    monkeypatch.setattr(train_mlm, "objective", window_by_window)
+    monkeypatch.setattr(train_mlm, "objective", hide_what_is_high)
     for name, flags in (("whole", "--batch_size 8"), ("parts", "--batch_size 2 --grad_accum 4")):
         train(toy_csv, tmp_path / name, "--max_steps 3 --warmup_steps 0", flags)
     whole, parts = (saved(tmp_path / name)["model"] for name in ("whole", "parts"))
@@ -868,13 +861,6 @@ def own_file(seed, folder):
     frame.to_csv(path, index=indexed, **manner)
     return path, flags, form
 
-def cells_of(path, flags):
-    """Every cell of a .csv as it is written, by position; lines are as long as the longest."""
-    opened = gzip.open if path.suffix == ".gz" else open
-    with opened(path, "rt", encoding="cp1252" if "cp1252" in flags else "utf-8-sig", newline="") as file:
-        lines = list(csv.reader(file, delimiter=";" if "--sep" in flags else ","))
-    return pd.DataFrame([[""] * (max(map(len, lines)) - len(line)) + line for line in lines])
-
 @pytest.mark.parametrize("seed", [*range(8), *(pytest.param(seed, marks=slow) for seed in range(8, 200))])
 def test_no_cell_that_was_there_changes_and_none_is_written_that_cannot_be(seed, tmp_path, capsys):
     """Files of all kinds, filled and continued by a wild model."""
@@ -884,7 +870,9 @@ def test_no_cell_that_was_there_changes_and_none_is_written_that_cannot_be(seed,
     train(path, tmp_path / "out", flags, "--fill", filled)
     said = capsys.readouterr().out
     train(path, tmp_path / "ar", flags, "--forecast 4 --to", ahead, script=train_ar)
-    before, after, ahead = (cells_of(name, flags) for name in (path, filled, ahead))
+    manner = {"sep": ";", "encoding": "cp1252"} if "--sep" in flags else {"encoding": "utf-8-sig"}
+    before, after, ahead = (pd.read_csv(name, header=None, dtype=str, keep_default_na=False, **manner)
+                            for name in (path, filled, ahead))                  # as written, by position
     t, *values, none = before.columns[-5:]                  # values: share, count, state
     holes = before.isin(["", "?", "-999", "NA"])
     holes.loc[before[t] == ""] = False                      # a row without a time stays as it is
@@ -1263,20 +1251,21 @@ def test_linear_interpolation_on_etth1_gives_the_published_numbers(tmp_path):
     linear = results(tmp_path)["test"]["cell"]["linear"]["mse"]
     assert linear == pytest.approx([0.0845, 0.0996, 0.1231, 0.1644], rel=0.05)
 
-def python(*argv, processes=0, timeout=600):
-    """Python in the folder of this file; if `processes` are asked for, as torchrun starts it."""
+def python(*argv, processes=0, timeout=600, fails=False):
+    """Python in the folder of this file; if `processes` are asked for, as torchrun starts it. Its output."""
     many = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "--no-python",
             sys.executable]
-    return subprocess.run([sys.executable, *many * (processes > 0), *map(str, argv)], cwd=ROOT, text=True,
-                          capture_output=True, timeout=timeout)
+    run = subprocess.run([sys.executable, *many * (processes > 0), *map(str, argv)], cwd=ROOT, text=True,
+                         capture_output=True, timeout=timeout)
+    assert (run.returncode != 0) == fails, run.stderr
+    return run.stderr if fails else run.stdout
 
 @slow
 @pytest.mark.parametrize("command", ["train_mlm.py", "train_mlm.py --drop_cols sign",
                                      "train_mlm.py --drop_cols wave mirror", "train_ar.py"])
 def test_two_processes_train_one_model(command, toy_csv, tmp_path):
     name, *flags = command.split()
-    run = python(name, *SMALL[SCRIPTS[name]], *flags, "--data", toy_csv, "--out_dir", tmp_path, processes=2)
-    assert run.returncode == 0, run.stderr
+    python(name, *SMALL[SCRIPTS[name]], *flags, "--data", toy_csv, "--out_dir", tmp_path, processes=2)
     assert len(pd.read_csv(tmp_path / "log.csv")) == 4 and (tmp_path / "results.json").exists()
 
 def nan_on_rank_1(*a, steps=[]):
@@ -1289,26 +1278,22 @@ def test_a_nan_on_one_rank_stops_both(toy_csv, tmp_path):
     code = ("import sys, test_all, train_mlm; train_mlm.sum_losses = test_all.nan_on_rank_1; "
             "train_mlm.main(sys.argv[1:])")
     few = [*SMALL[train_mlm], "--data", toy_csv, "--out_dir", tmp_path]
-    run = python("-c", code, *few, processes=2, timeout=60)
-    assert run.returncode != 0
-    assert all(f"rank {rank}: the gradient norm is not finite" in run.stderr for rank in (0, 1))
+    said = python("-c", code, *few, processes=2, timeout=60, fails=True)
+    assert all(f"rank {rank}: the gradient norm is not finite" in said for rank in (0, 1))
     assert saved(tmp_path)["step"] == 2
 
 def save_gradient(argv):
-    """A step that saves its gradient; a process alone takes the batches and masks of two ranks, joined."""
-    real_sample, world, generators = data.Table.sample, os.environ["WORLD_SIZE"], []
+    """A step that saves its gradient; a process alone takes the batches of two ranks, joined."""
+    real_sample, world = data.Table.sample, os.environ["WORLD_SIZE"]
     def sample(self, split, size, generator):
-        if size != 4:
-            return real_sample(self, split, size, generator)
-        generators[:] = [step_generator(0, 0, rank) for rank in (0, 1)]
-        return torch.cat([real_sample(self, split, size, g) for g in generators])
-    def objective(batch, args, generator, step=None, case=None):
-        return in_parts(batch, args, [generator] if case else generators, step, case)
+        both = [step_generator(0, 0, rank) for rank in (0, 1)] if size == 4 else [generator]
+        return torch.cat([real_sample(self, split, size, g) for g in both])
     def clip(parameters, limit, error_if_nonfinite):
         torch.save([p.grad for p in parameters], f"{argv[-1]}/gradient{world}")
         return torch.tensor(1.0)
     if world == "1":
-        data.Table.sample, train_mlm.objective = sample, objective
+        data.Table.sample = sample
+    train_mlm.objective = hide_what_is_high
     torch.nn.utils.clip_grad_norm_ = clip
     train_mlm.main(argv)
 
@@ -1317,8 +1302,7 @@ def test_two_processes_have_the_gradient_of_one_with_both_batches(toy_csv, tmp_p
     code = "import sys, test_all; test_all.save_gradient(sys.argv[1:])"
     flags = [*SMALL[train_mlm], "--max_steps", 1, "--data", toy_csv, "--out_dir", tmp_path]
     for world in (1, 2):
-        run = python("-c", code, *flags, processes=world)
-        assert run.returncode == 0, run.stderr
+        python("-c", code, *flags, processes=world)
     one, two = (torch.load(tmp_path / f"gradient{world}") for world in (1, 2))
     assert max(g.abs().max() for g in one) > 1e-3
     torch.testing.assert_close(one, two, atol=1e-5, rtol=1e-5)
@@ -1331,9 +1315,8 @@ def test_two_million_rows_fit(tmp_path):
     code = ("import resource, sys, train_mlm; train_mlm.main(sys.argv[1:]); "
             "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)")
     few = words("--seq_len 1024 --batch_size 14 --split 1990000 5000 5000 --max_steps 2 --out_dir", tmp_path)
-    run = python("-c", code, "--data", tmp_path / "big.csv", *few)
-    assert run.returncode == 0, run.stderr
-    assert int(run.stdout.split()[-1]) < 3 * 2_000_000 * 30 * 4 + 2 ** 30
+    said = python("-c", code, "--data", tmp_path / "big.csv", *few)
+    assert int(said.split()[-1]) < 3 * 2_000_000 * 30 * 4 + 2 ** 30
 
 # ---- the zoo: 27 ways to a NaN, or to a wrong number; the naive form beside ours
 HOLES = [1.0, NAN, 3.0, 2.0, NAN, 1.5] * 10
