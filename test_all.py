@@ -48,7 +48,6 @@ ROOT = Path(__file__).parent
 SCRIPTS = {"train_mlm.py": train_mlm, "train_ar.py": train_ar}
 slow = pytest.mark.skipif(not os.environ.get("NANOTAB_SLOW"), reason="slow: set NANOTAB_SLOW=1")
 pytestmark = pytest.mark.filterwarnings("ignore:Parsing dates|A future version of pandas will return")
-etth1 = pytest.mark.skipif(not os.environ.get("ETTH1"), reason="set ETTH1 to the path of ETTh1.csv")
 BOTH = ("--n_layer 1 --n_head 2 --n_embd 16 --batch_size 4 --seq_len 16 --max_steps 4 --eval_every 2 "
         "--log_every 1 --warmup_steps 2 --eval_stride 16 --device cpu")
 SMALL = {train_mlm: [*BOTH.split(), "--eval_mask_probs", "0.3"],
@@ -79,29 +78,30 @@ ar_args = lambda *flags: AR.parse_args(words(*flags))
 def table_of(columns, *flags):                              # A Table of a DataFrame or of {name: values}
     return load_table(data_args(*flags), pd.DataFrame(columns))
 
-def own_units(table, numeric=None):
-    """Numbers (..., N) as the file has them; the whole table's unless others are given."""
-    numeric = table.numeric if numeric is None else numeric
+def own_units(table, numeric):
+    """Numbers (..., N) as the file has them."""
     return numeric * torch.tensor(table.schema.scale) + torch.tensor(table.schema.center)
 
-def train(path, out, *flags, script=train_mlm):
-    return script.main([*SMALL[script], "--data", str(path), *words(*flags), "--out_dir", str(out)])
+def train(source, out, *flags, script=train_mlm):
+    """A small run on a file, or on a DataFrame, which becomes a file beside `out`."""
+    if isinstance(source, pd.DataFrame):
+        source.to_csv(f"{out}.csv", index=False)
+        source = f"{out}.csv"
+    return script.main([*SMALL[script], "--data", str(source), *words(*flags), "--out_dir", str(out)])
 
 def resume(out, *flags, script=train_mlm):
     """Go on with the run in `out`; every flag that is not given here is the checkpoint's."""
     return script.main(["--resume", "--out_dir", str(out), *words(*flags)])
 
 def fill(frame, folder, *flags):
-    """A DataFrame as a file, and that file filled by a small run, as a DataFrame."""
-    frame.to_csv(folder / "in.csv", index=False)
-    train(folder / "in.csv", folder / "out", *flags, "--fill", folder / "filled.csv")
+    """A DataFrame, filled by a small run."""
+    train(frame, folder / "out", *flags, "--fill", folder / "filled.csv")
     return pd.read_csv(folder / "filled.csv")
 
 def forecast(frame, folder, steps, *flags):
-    """A DataFrame as a file, and the rows that a small run says come next, as a DataFrame of text."""
-    frame.to_csv(folder / "in.csv", index=False)
+    """The rows that a small run says come next, a DataFrame of text."""
     flags += (f"--forecast {steps} --to", folder / "next.csv")
-    train(folder / "in.csv", folder / "ar", *flags, script=train_ar)
+    train(frame, folder / "ar", *flags, script=train_ar)
     return pd.read_csv(folder / "next.csv", dtype=str)
 
 def refused(run, capsys, says):
@@ -130,10 +130,8 @@ def same_bits(out, other):
 
 def tidy(batch):
     """The Batch as data.py would have it: nothing is observed in padding, and what is not observed is 0."""
-    N, real = batch.numeric.shape[-1], batch.valid[..., None]
-    observed = batch.observed & real
-    return batch._replace(numeric=batch.numeric * observed[..., :N], observed=observed,
-                          categorical=batch.categorical * observed[..., N:], clock=batch.clock * real)
+    real = batch.valid[..., None]
+    return hide(batch, ~real)._replace(clock=batch.clock * real)
 
 def random_batch(B=4, T=12, N=3, K=2, missing=0.2, seed=0):  # A Batch with ids 2..4 and a few [UNK]
     g = torch.Generator().manual_seed(seed)
@@ -159,9 +157,8 @@ def random_model(N=3, K=2, causal=False, closed=False):
         torch.nn.init.normal_(head.weight)
     return net
 
-def ask(batch, *flags, case=None, net=None):
+def ask(net, batch, *flags, case=None):
     """What train_mlm makes of a batch in its first step, or in a case of evaluation: Inputs and Targets."""
-    net = net or random_model()
     return train_mlm.make_example(net, batch, mlm_args(*flags), step_generator(1), step=0, case=case)[1:]
 
 def flat(prediction):  # Numbers and logits side by side: (B, T, N + all classes)
@@ -190,14 +187,13 @@ def finished(toy_csv, tmp_path_factory):
 # ---- data.py
 def test_nan_stops_at_the_door(tmp_path):
     odd = ["1.5", "nan", "inf", "-1.18e42", "-inf", "Bad", "-9.00", " "] * 2 + list(range(44))
-    (tmp_path / "in.csv").write_text("t,a,b,empty,const,word\n" + "".join(
-        f"2024-01-01 00:{i:02d}:00,{x},{'' if i % 3 else i},,7,{'x' * (i % 2)}\n" for i, x in enumerate(odd)))
+    toy(60).assign(odd=odd, empty="", const=7).to_csv(tmp_path / "in.csv", index=False)
     table = load_table(data_args("--seq_len 8 --na_values -9 --data", tmp_path / "in.csv"))
     batch, names = table.batch(table.starts("train", 1)), table.schema.numeric
     assert all(torch.isfinite(x.float()).all() for x in batch)
     assert (torch.cat([batch.numeric, batch.categorical], dim=-1)[~batch.observed] == 0).all()
     # two each of nan, inf, -1.18e42, -inf, a word among numbers, -9 and a blank
-    assert (~table.observed[:, names.index("a")]).sum() == 14
+    assert (~table.observed[:, names.index("odd")]).sum() == 14
     assert table.schema.scale[names.index("const")] == 1.0  # naive: 8 and 10 of the zoo
 
 def test_schema_sees_train_rows_only_and_no_spike():
@@ -437,13 +433,13 @@ def test_who_sees_whom():
 @pytest.mark.parametrize("flags", ["", "--mask_share 0.8 --random_share 0.1", "--mask_span 12"])
 def test_inputs_hold_nothing_that_is_hidden(flags, closed):
     batch, net = random_batch(), random_model(closed=closed)
-    inputs, targets = ask(batch, flags, net=net)
+    inputs, targets = ask(net, batch, flags)
     covered = targets.score & ~inputs.known                 # shown as [MASK]
     assert covered[..., :3].any() and covered[..., 3:].any()
     assert (targets.score & inputs.known).any() == ("share" in flags)           # random and kept cells
     forged = batch._replace(numeric=torch.where(covered[..., :3], 9.0, batch.numeric),
                             categorical=torch.where(covered[..., 3:], 4, batch.categorical))
-    other, asked = ask(forged, flags, net=net)
+    other, asked = ask(net, forged, flags)
     assert not torch.equal(asked.numeric, targets.numeric)  # it is asked for other things, and sees the same
     assert all(ours is theirs is None or torch.equal(ours, theirs) for ours, theirs in zip(inputs, other))
     assert torch.equal(flat(net(inputs)), flat(net(other)))
@@ -458,7 +454,7 @@ def test_levels_far_away_are_clipped_for_the_network_and_not_for_the_base():
     net.embed.register_forward_hook(lambda _, given, __: seen.append(given[0].abs().max()))
     spike = batch._replace(numeric=batch.numeric * 1e8)
     assert torch.isfinite(flat(net(create_inputs(spike, causal=True)))).all() and max(seen) <= net.config.clip
-    assert not ask(far)[1].score[..., :3].any()             # beyond the clip nothing is asked for
+    assert not ask(net, far)[1].score[..., :3].any()             # beyond the clip nothing is asked for
 
 def outputs(net, batch, **changed):
     _, inputs, _ = train_ar.make_example(net, batch, ar_args(), step_generator(0))
@@ -528,11 +524,10 @@ def test_baselines_roll_out_to_what_they_are():
         torch.testing.assert_close(rows.numeric[0, :, own], expected[:, own], atol=1e-4, rtol=0)
 
 def test_padding_changes_nothing():
-    padded, net = random_batch(B=1), random_model()
-    hidden = create_masks(padded.observed, 0.3, step_generator(0))
-    padded.valid[:, 8:] = False
-    a, b = (flat(net(create_inputs(hide(batch, hidden[:, :rows]), causal=False)))
-            for rows, batch in ((8, padded.rows(0, 8)), (12, tidy(padded))))
+    batch, net = random_batch(B=1), random_model()
+    batch.valid[:, 8:] = False
+    shown = hide(tidy(batch), create_masks(batch.observed, 0.3, step_generator(0)))
+    a, b = (flat(net(create_inputs(rows, causal=False))) for rows in (shown.rows(0, 8), shown))
     torch.testing.assert_close(a, b[:, :8], atol=1e-5, rtol=1e-5)
 
 HOSTILE = {
@@ -550,13 +545,14 @@ def test_loss_and_gradients_are_finite(how, N, K, dtype):
     HOSTILE[how](batch)
     for rate in (1e-9, 0.5, 0.999):                         # next to none hidden: the mean of no cells is 0/0
         net = random_model(N, K)
-        loss = mean_losses(net, *ask(tidy(batch), case=(rate, 1), net=net), dtype).sum()
+        loss = mean_losses(net, *ask(net, tidy(batch), case=(rate, 1)), dtype).sum()
         loss.backward()
         assert torch.isfinite(loss)
         assert all(p.grad is None or torch.isfinite(p.grad).all() for p in net.parameters())
 
 def test_loss_is_the_mean_over_scored_cells():
-    net, (inputs, targets) = random_model(), ask(random_batch(), "--mask_share 0.8 --random_share 0.1")
+    net = random_model()
+    inputs, targets = ask(net, random_batch(), "--mask_share 0.8 --random_share 0.1")
     prediction, chosen = net(inputs), targets.score[..., :3]
     ours, truth = (prediction.numeric / UNIT)[chosen], (targets.numeric / UNIT)[chosen]
     entropies = [F.cross_entropy(logits[here], ids[here] - 2, reduction="none") for logits, ids, here in
@@ -574,8 +570,7 @@ def test_loss_is_the_mean_over_scored_cells():
     (train_ar, "--base last --season 4 --given 16 --horizons 1 5 10", {"last", "linear", "season", "ar"})])
 def test_it_learns_more_than_its_baselines(script, flags, rivals, tmp_path, monkeypatch):
     monkeypatch.delitem(sys.modules, "matplotlib.figure")
-    toy(800, noise=0.05).to_csv(tmp_path / "calm.csv", index=False)
-    history = train(tmp_path / "calm.csv", tmp_path, LEARN, flags, script=script)
+    history = train(toy(800, noise=0.05), tmp_path, LEARN, flags, script=script)
     assert history[-1]["val"] < 0.5 * history[0]["val"]
     found, tests = results(tmp_path), [results(tmp_path)["test"]]
     if script is train_mlm:
@@ -617,10 +612,9 @@ def test_a_non_finite_gradient_stops_and_resume_ends_with_the_same_bits(finished
     assert code == 1 and saved(out.name)["step"] == 3 and weights.isfinite().all()   # stopped before the step
     shutil.copytree(out.name, tmp_path, dirs_exist_ok=True)
     assert len(pd.read_csv(tmp_path / "log.csv")) == 3      # written with last.pt, so the two always agree
-    history = resume(tmp_path, "--eval_every 1 --eval_stride 3")
+    resume(tmp_path, "--eval_every 1 --eval_stride 3")
     assert same_bits(finished, tmp_path)                    # and how it is evaluated changes nothing
     assert pd.read_csv(tmp_path / "log.csv")["step"].tolist() == list(range(1, 9))
-    assert [row["train"] for row in history] == [row["train"] for row in saved(finished)["history"]]
     resume(tmp_path, "--max_steps 9 --weight_decay 0.5")
     assert saved(tmp_path)["step"] == 9 and saved(tmp_path)["args"]["dropout"] == 0.1
     assert saved(tmp_path)["optimizer"]["param_groups"][0]["weight_decay"] == 0.5
@@ -777,9 +771,8 @@ def test_a_roll_out_uses_as_much_of_the_correction_as_val_likes():
 
 # ---- bad input: one sentence, exit code 2, nothing overwritten
 BAD_FILES = [
-    (None, "no such file"), ("", "bad.csv"), ("a,b\n", "no rows"), ("a,b\n1,2\n", "--split"),
-    ("a;b\n1;2\n", "--sep"), ("t;a;b\n2024;20,5;1,2\n", "--sep"),
-    ("t,a\n" + "2024-01-01,2,\n" * 9, "more cells"),
+    ("", "bad.csv"), ("a,b\n", "no rows"), ("a,b\n1,2\n", "--split"), ("a;b\n1;2\n", "--sep"),
+    ("t;a;b\n2024;20,5;1,2\n", "--sep"), ("t,a\n" + "2024-01-01,2,\n" * 9, "more cells"),
     ("date\n2024-01-01\n2024-01-02\n", "no usable column"),
     ("t,x\nUTC,m/s\n" + "".join(f"2024-01-{i},{i}\n" for i in range(10, 32)), "'t' / UTC")]
 BAD_FLAGS = [
@@ -787,8 +780,9 @@ BAD_FLAGS = [
     ("--split 390 10 0", "--split"), ("--split 500 10 10", "--split"), ("--split 0.7 0.2 0.2", "--split"),
     ("--time_col nope", "nope"), ("--drop_cols nope", "nope / wave"), ("--mask_pro 0.2", "--mask_pro"),
     ("--mask_prob 0", "--mask_prob"), ("--mask_prob 1", "--mask_prob"), ("--mask_span 0.5", "--mask_span"),
-    ("--mask_style span", "--mask_span"), ("--resume", "no such checkpoint"),
-    ("--n_embd 30 --n_head 4", "--n_embd 30 / --n_head 4"), ("--clip 0", "--clip"), ("--fill x.xlsx", ".csv"),
+    ("--mask_style span", "--mask_span"), ("--resume", "no such checkpoint"), ("--clip 0", "--clip"),
+    ("--data nowhere.csv", "no such file"), ("--fill x.xlsx", ".csv"),
+    ("--n_embd 30 --n_head 4", "--n_embd 30 / --n_head 4"),
     ("--mask_share 0.8 --random_share 0.3", "--random_share"), ("--device cuda:99", "--device"),
     ("--fill nowhere/filled.csv", "--fill / nowhere"), ("--numeric_cols sign", "sign / number"),
     ("--sep '\\s+'", "--sep / choose"), ("--fill a.csv --intervals ./a.csv", "--intervals ./a.csv")]
@@ -797,8 +791,7 @@ BAD = [(content, "", says) for content, says in BAD_FILES] + [(toy().to_csv(), *
 
 @pytest.mark.parametrize("content,flags,says", BAD, ids=[says for _, _, says in BAD])
 def test_a_bad_file_and_a_bad_flag_are_one_sentence(content, flags, says, tmp_path, capsys):
-    if content is not None:
-        (tmp_path / "bad.csv").write_text(content)
+    (tmp_path / "bad.csv").write_text(content)
     refused(lambda: train(tmp_path / "bad.csv", tmp_path / "out", flags), capsys, says)
     assert not (tmp_path / "out").exists()
 
@@ -894,6 +887,7 @@ def test_no_cell_that_was_there_changes_and_none_is_written_that_cannot_be(seed,
 DAYS = pd.date_range("2022-01-01", periods=120)
 HOURS = pd.date_range("2018-01-01", periods=120, freq="h")  # no day beyond 12: even steps tell day and month
 MONTHS = pd.date_range("2000-01-01", periods=120, freq="MS")
+WORKDAYS = pd.bdate_range("2023-01-02", periods=140)
 TIMES = [   # what public files were like that once went wrong: header, times as written, flags, what is next
     ("date", DAYS.strftime("%Y%m%d"), "", "20220501"),
     ("year,month,day", [f"{t.year},{t.month},{t.day}" for t in DAYS], "", "2022,5,1"),
@@ -903,7 +897,7 @@ TIMES = [   # what public files were like that once went wrong: header, times as
     ("Date", DAYS[::-1].strftime("%d-%b-%Y"), "", "01-May-2022"),
     ("timestamp", HOURS.astype("datetime64[s]").astype("int64"), "", "1515196800"),
     ("t", HOURS.strftime("%d/%m/%Y %H:%M"), "", "06/01/2018 00:00"),
-    ("t", (MONTHS + pd.Timedelta(days=14)).strftime("%Y-%m-%d"), "", "2010-01-15"),
+    ("t", (MONTHS + pd.Timedelta(days=14)).astype(str), "", "2010-01-15"),
     ("t", [f"{t.month}/{t.day}/{t.year}" for t in MONTHS[::3]], "", "1/1/2010"),
     ("time", HOURS.strftime("%Y%m%d%H%M"), "", "201801060000"),
     ("date", [f"{t.year}/{t.month}/{t.day}" for t in DAYS], "", "2022/5/1"),
@@ -916,22 +910,18 @@ TIMES = [   # what public files were like that once went wrong: header, times as
     ("t", [f"{i / 10:g}" for i in range(120)], "--time_col t", "12.0"),
     ("t,installed", HOURS.strftime("%Y-%m-%d %H:%M,2017-05-01"), "", "refused: --time_col"),
     ("t,installed", HOURS.strftime("%Y-%m-%d %H:%M,2017-05-01"), "--time_col t", "2018-01-06 00:00,"),
-    ("t", pd.bdate_range("2024-01-01", periods=120).strftime("%Y-%m-%d"), "", "2024-06-17"),
+    ("t", WORKDAYS[:120].astype(str), "", "2023-06-19"),
     ("month", MONTHS.strftime("%Y%m"), "", "201001"),
     ("t", [f"{t.day}.{t.month}.{t.year} {t:%H:%M}" for t in HOURS], "", "6.1.2018 00:00"),
-    ("t", pd.bdate_range("2023-01-02", "2023-06-16").drop("2023-06-13").strftime("%Y-%m-%d"), "",
-     "2023-06-19"),                                         # a holiday among the last
-    ("t", pd.bdate_range("2023-01-02", periods=140)[np.arange(140) % 9 > 0].strftime("%Y-%m-%d"), "",
-     "2023-07-17"),
-    ("t", DAYS[DAYS.day_of_week < 6].strftime("%Y-%m-%d"), "", "2022-05-02"),     # shut on Sundays
-    ("t", MONTHS.drop(MONTHS[[7, 115]]).shift(1, "ME").strftime("%Y-%m-%d"), "", "2010-01-31"),
-    ("t", pd.date_range("2010-01-01", periods=120, freq="BME").delete(115).strftime("%Y-%m-%d"), "",
-     "2020-01-31"),
-    ("t", pd.date_range("2010-01-01", periods=120, freq=pd.offsets.LastWeekOfMonth(weekday=4)).strftime(
-        "%Y-%m-%d"), "", "refused: --forecast"),            # pandas takes it for the fourth Friday
+    ("t", WORKDAYS[:120].drop("2023-06-13").astype(str), "", "2023-06-19"),       # a holiday among the last
+    ("t", WORKDAYS[np.arange(140) % 9 > 0].astype(str), "", "2023-07-17"),
+    ("t", DAYS[DAYS.day_of_week < 6].astype(str), "", "2022-05-02"),              # shut on Sundays
+    ("t", MONTHS.drop(MONTHS[[7, 115]]).shift(1, "ME").astype(str), "", "2010-01-31"),
+    ("t", pd.date_range("2010-01-01", periods=120, freq="BME").delete(115).astype(str), "", "2020-01-31"),
+    ("t", pd.date_range("2010-01-01", periods=120, freq=pd.offsets.LastWeekOfMonth(weekday=4)).astype(str),
+     "", "refused: --forecast"),                            # pandas takes it for the fourth Friday
     ("date,stamp", [f"{t:%Y-%m-%d},{t:%d.%m.%Y %H:%M}" for t in HOURS], "", "refused: --time_col"),
-    ("Datum", [f"{t.day}. {['Jän', 'Feb', 'Mär', 'Apr'][t.month - 1]} 22" for t in DAYS], "",
-     "refused: Datum"),
+    ("Datum", [f"{t.day}. {'Jän Feb Mär Apr'.split()[t.month - 1]} 22" for t in DAYS], "", "refused: Datum"),
     ("t", DAYS.strftime("%d%m%Y"), "", "01052022"),
     ("t", [f"{t.day}-{t:%b-%Y %I:%M %p}" for t in HOURS], "", "6-Jan-2018 12:00 AM"),
     ("t", [f"{t.replace(day=min(30, t.days_in_month)):%Y-%m-%d}" for t in MONTHS[:-3]], "", "2009-10-30"),
@@ -940,8 +930,7 @@ TIMES = [   # what public files were like that once went wrong: header, times as
     ("t", [f"{i:04d}" for i in range(120)], "--time_col t", "120"),
     ("t", DAYS.strftime("%y|%d|%m"), "--time_col t --time_format '%y|%d|%m'", "22|01|05"),
     ("t", [f"2024-W{i % 52 + 1:02d}" for i in range(120)], "", "refused: 't' / --time_format"),
-    ("t", pd.date_range("2024-02-03", periods=120, freq="5min").strftime("%d/%m/%Y %H:%M"), "",   # either way
-     "refused: --time_format"),
+    ("t", [f"03/02/2024 {t:%H:%M}" for t in HOURS[:24]], "", "refused: --time_format"),     # either way
     ("MTU (CET)", [f"{t:%d.%m.%Y %H:%M} - {t:%H:%M}" for t in HOURS], "", "refused: MTU (CET) / --drop_cols"),
     ("Time", HOURS.strftime("%H:%M"), "", "refused: Time / --time_col"),
     ("t", DAYS[:12].strftime("%m/%d/%Y"), "", "refused: --time_format"),       # twelve days, or twelve months
@@ -1063,7 +1052,7 @@ def test_resuming_fills_another_file_by_the_scales_of_training_and_only_fills(fi
     assert same_bits(finished, tmp_path) and saved(tmp_path)["schema"] == saved(finished)["schema"]
     table = load_table(mlm_args("--seq_len 16 --data", path), schema=data.Schema(**saved(finished)["schema"]))
     filled, there = pd.read_csv(tmp_path / "filled.csv"), other["wave"].notna()
-    own = own_units(table)[:, 0].numpy()                    # by the old scales
+    own = own_units(table, table.numeric)[:, 0].numpy()                    # by the old scales
     assert filled.notna().all(axis=None) and np.allclose(own[there], other["wave"][there], rtol=1e-4)
     one = other.assign(mirror=np.nan, sign=other["sign"].mask(other["sign"] == "up"))
     one.to_csv(tmp_path / "one.csv", index=False)           # has no value of `mirror`, and one sign alone
@@ -1080,7 +1069,7 @@ def test_resuming_fills_another_file_by_the_scales_of_training_and_only_fills(fi
 def test_the_forecast_is_the_roll_out_from_the_last_rows_also_after_a_resume(tmp_path):
     """Without dropout; a column empty in train has no future."""
     frame, flags = toy().assign(late=[None] * 350 + ["p"] * 50), "--drop_cols date --dropout 0.5"
-    rows, path = forecast(frame, tmp_path, 3, flags), tmp_path / "in.csv"
+    rows, path = forecast(frame, tmp_path, 3, flags), tmp_path / "ar.csv"
     table = load_table(ar_args("--seq_len 16 --drop_cols date --data", path))
     last = table.batch(torch.tensor([[384, 400]]))
     ahead = saved_model(tmp_path / "ar").rollout(last, torch.zeros(1, 3, 0))
@@ -1106,49 +1095,46 @@ def hostile_column(rng, rows):
     column = pd.Series(columns[rng.integers(len(columns))], dtype=object)
     return column.mask(pd.Series(rng.random(rows) < rng.choice([0, 0.1, 0.9])), "")
 
-def hostile_run(seed, folder, checkpoint):
-    """(script, flags) of a run that nobody would make on purpose; files in `folder`."""
+@pytest.mark.parametrize("seed", [*range(25), *(pytest.param(i, marks=slow) for i in range(25, 330))])
+def test_hostile_input_ends_well(seed, finished, tmp_path, capsys):
+    """A run that nobody would make on purpose."""
     rng = np.random.default_rng(seed)
     rows = int(rng.choice([1, 9, 60, 300, 300]))
     names = rng.choice(["a", "a", "b", "", " ", "日本", "$x_1$", "Unnamed: 0", "nan", "x_x", "x_y", "'"], 5)
     table = pd.concat([hostile_column(rng, rows) for _ in names], axis=1)
-    table.to_csv(folder / "hostile.csv", header=names, index=False)
+    table.to_csv(tmp_path / "hostile.csv", header=names, index=False)
     extra = ["", "--seq_len 7", "--lr 0", "--split 1 1 1", "--split 0 0 1", "--clip 0.01", "--batch_size 64",
              "--dtype bfloat16 --loss huber", "--sep ';'", "--regular", "--decimal ,"]
-    extra += [f"--{flag} {shlex.quote(str(rng.choice(names)))}"
-              for flag in ("group_col", "time_col", "categorical_cols", "numeric_cols", "drop_cols")]
-    script, end = train_mlm, ["--fill", folder / "filled.csv"]
+    for flag in ("group_col", "time_col", "categorical_cols", "numeric_cols", "drop_cols"):
+        extra.append(f"--{flag} {shlex.quote(str(rng.choice(names)))}")
+    script, end = train_mlm, ["--fill", tmp_path / "filled.csv"]
     if rng.random() < 0.3:
-        script, end = train_ar, ["--forecast 3 --to", folder / "next.csv"]
-    flags = [*SMALL[script], "--max_steps 2 --data", folder / "hostile.csv", *rng.choice(extra, 2)]
-    if rng.random() < 0.2:                                  # and a checkpoint in which some bytes are others
-        broken = np.frombuffer(checkpoint, np.uint8).copy()
+        script, end = train_ar, ["--forecast 3 --to", tmp_path / "next.csv"]
+    flags = ["--max_steps 2", *rng.choice(extra, 2), *end]
+    run = lambda: train(tmp_path / "hostile.csv", tmp_path, *flags, script=script)
+    if rng.random() < 0.2:                                  # or a checkpoint in which some bytes are others
+        broken = np.frombuffer((finished / "last.pt").read_bytes(), np.uint8).copy()
         broken[rng.integers(0, len(broken), 50)] = rng.integers(0, 256, 50)
-        (folder / "last.pt").write_bytes(broken[:len(broken) // rng.integers(1, 3)].tobytes())
-        flags = ["--resume"]
-    return script, words(*flags, *end, "--out_dir", folder)
-
-@pytest.mark.parametrize("seed", [*range(25), *(pytest.param(i, marks=slow) for i in range(25, 330))])
-def test_hostile_input_ends_well(seed, finished, tmp_path, capsys):
-    script, flags = hostile_run(seed, tmp_path, (finished / "last.pt").read_bytes())
+        (tmp_path / "last.pt").write_bytes(broken[:len(broken) // rng.integers(1, 3)].tobytes())
+        run = lambda: resume(tmp_path, *end, script=script)
     try:
-        script.main(flags)
+        run()
         found = (tmp_path / "results.json").read_text()
         assert "NaN" not in found and "Infinity" not in found
     except SystemExit as stopped:
         assert stopped.code == 2 and "error: " in capsys.readouterr().err.splitlines()[-1]
 
 # ---- what was claimed about a loss that went NaN, tested one claim at a time
-def broken_loss(share_missing, rate=0.0, T=16, n_embd=16, lr=1e-3, measure=F.mse_loss):
+def broken_loss(missing, rate=0.0, T=16, n_embd=16, lr=1e-3, measure=F.mse_loss):
     """The recipe that went NaN, in our model: every position is scored, against the file as it is."""
-    g, net = torch.Generator().manual_seed(0), model.TableTransformer(model.Config(2, [], 4, T, 1, 2, n_embd))
-    optimizer, file = torch.optim.AdamW(net.parameters(), lr), torch.randn(4, T, 2, generator=g)
-    there = torch.rand(file.shape, generator=g) >= share_missing
-    shown = there & (torch.rand(file.shape, generator=g) >= rate)
-    batch = random_batch(4, T, 2, 0)._replace(numeric=file * there, observed=shown)
-    inputs = create_inputs(batch, causal=False)
+    net = model.TableTransformer(model.Config(2, [], 4, T, 1, 2, n_embd))
+    optimizer = torch.optim.AdamW(net.parameters(), lr)
+    batch = random_batch(4, T, 2, 0, missing)
+    file = torch.where(batch.observed, batch.numeric, NAN)
+    hidden = create_masks(batch.observed, rate, step_generator(0))
+    inputs = create_inputs(hide(batch, hidden), causal=False)
     for _ in range(3):
-        loss = measure(net(inputs).numeric, torch.where(there, file, NAN))
+        loss = measure(net(inputs).numeric, file)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -1163,9 +1149,8 @@ def test_claim_only_missing_targets_make_the_loss_nan(change):
 
 def test_claim_identity_reconstruction_is_no_cause(tmp_path):
     """Scoring what is shown at a mask rate of 0.00001: useless, but as calm as can be."""
-    toy().ffill().bfill().to_csv(tmp_path / "whole.csv", index=False)
-    history = train(tmp_path / "whole.csv", tmp_path, "--score observed --mask_prob 0.00001 --mask_spread 0",
-                    "--base linear --max_steps 30 --eval_every 30")
+    whole = toy().ffill().bfill()
+    history = train(whole, tmp_path, "--score observed --mask_prob 0.00001 --base linear --max_steps 30")
     assert max(row["norm"] for row in history) < 1 and history[-1]["train"] < 0.2
     assert history[-1]["val"] > 0.8                         # in units of interpolation: nothing was learnt
 
@@ -1188,12 +1173,10 @@ def test_claim_rows_of_masks_belong_into_the_attention():
 
 def test_claim_attention_over_heads_does_not_learn(tmp_path, monkeypatch):
     """Nothing is NaN any more, yet no row sees another: a fifth worse than the right axis."""
-    toy(600, noise=0.05).to_csv(tmp_path / "toy.csv", index=False)
     errors = []
     for attention in (F.scaled_dot_product_attention, model.over_heads):
         monkeypatch.setattr(F, "scaled_dot_product_attention", attention)
-        train(tmp_path / "toy.csv", tmp_path, LEARN, "--n_layer 1 --batch_size 16 --mask_span 1",
-              "--base linear --eval_mask_probs 0.125 0.25 0.375 0.5")
+        train(toy(600, noise=0.05), tmp_path, LEARN, "--n_layer 1 --batch_size 16 --base linear")
         found = results(tmp_path)["test"]["cell"]
         errors.append(sum(found["model"]["mse"]) / sum(found["linear"]["mse"]))
     assert errors[0] < 0.8 * errors[1]
@@ -1213,13 +1196,13 @@ def test_claim_any_is_no_test_of_validity():
     assert sorted(real) == [2, 3, 3]
 
 # ---- as a user would
-def commands():  # Every `python ...` line in the README and the docstrings, without what follows a #
-    files = ("README.md", "train_mlm.py", "train_ar.py", "data.py", "masking.py", "model.py")
-    text = "\n".join((ROOT / name).read_text() for name in files)
-    found = re.findall(r"^ *(?:.*&& )?python ((?:train_mlm|train_ar|data|masking|model)\.py.*)$", text, re.M)
+def commands():  # Every `python train_...` line in the README and the docstrings, without what follows a #
+    names = ["README.md", *SCRIPTS, "data.py", "masking.py", "model.py"]
+    text = "\n".join((ROOT / name).read_text() for name in names)
+    found = re.findall(r"^ *(?:.*&& )?python (train_\w+\.py.*)$", text, re.M)
     return sorted({c.split("#")[0].strip() for c in found})
 
-@pytest.mark.parametrize("command", [c for c in commands() if c.startswith("train_")])
+@pytest.mark.parametrize("command", commands())
 def test_every_training_command_runs(command, toy_csv, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)                             # --fill filled.csv
     name, _, flags = command.partition(" ")
@@ -1243,7 +1226,7 @@ def test_imports_go_one_way():
         imported = re.findall(r"^(?:from|import) (\w+)", (ROOT / f"{name}.py").read_text(), re.M)
         assert not set(order[i:]) & set(imported)
 
-@etth1
+@pytest.mark.skipif(not os.environ.get("ETTH1"), reason="set ETTH1 to the path of ETTh1.csv")
 def test_linear_interpolation_on_etth1_gives_the_published_numbers(tmp_path):
     flags = words("--split 8640 2880 2880 --eval_stride 8 --max_steps 0 --out_dir", tmp_path)
     train_mlm.main(["--data", os.environ["ETTH1"], *flags])
@@ -1282,30 +1265,24 @@ def test_a_nan_on_one_rank_stops_both(toy_csv, tmp_path):
     assert all(f"rank {rank}: the gradient norm is not finite" in said for rank in (0, 1))
     assert saved(tmp_path)["step"] == 2
 
-def save_gradient(argv):
-    """A step that saves its gradient; a process alone takes the batches of two ranks, joined."""
-    real_sample, world = data.Table.sample, os.environ["WORLD_SIZE"]
-    def sample(self, split, size, generator):
-        both = [step_generator(0, 0, rank) for rank in (0, 1)] if size == 4 else [generator]
-        return torch.cat([real_sample(self, split, size, g) for g in both])
-    def clip(parameters, limit, error_if_nonfinite):
-        torch.save([p.grad for p in parameters], f"{argv[-1]}/gradient{world}")
-        return torch.tensor(1.0)
-    if world == "1":
-        data.Table.sample = sample
-    train_mlm.objective = hide_what_is_high
-    torch.nn.utils.clip_grad_norm_ = clip
-    train_mlm.main(argv)
-
 @slow
-def test_two_processes_have_the_gradient_of_one_with_both_batches(toy_csv, tmp_path):
-    code = "import sys, test_all; test_all.save_gradient(sys.argv[1:])"
-    flags = [*SMALL[train_mlm], "--max_steps", 1, "--data", toy_csv, "--out_dir", tmp_path]
-    for world in (1, 2):
-        python("-c", code, *flags, processes=world)
-    one, two = (torch.load(tmp_path / f"gradient{world}") for world in (1, 2))
-    assert max(g.abs().max() for g in one) > 1e-3
-    torch.testing.assert_close(one, two, atol=1e-5, rtol=1e-5)
+def test_two_processes_have_the_gradient_of_one_with_both_batches(toy_csv, tmp_path, monkeypatch):
+    """What Adam keeps of a first gradient is a tenth of it."""
+    flags = words("--max_steps 1 --grad_clip 1e9 --data", toy_csv)
+    python("train_mlm.py", *SMALL[train_mlm], *flags, "--out_dir", tmp_path / "two", processes=2)
+    generators = iter([step_generator(0, 0, rank) for rank in (0, 1)] * 2)      # draw windows, then masks
+    real_sample, real_objective = data.Table.sample, train_mlm.objective
+    def sample(table, split, size, generator):
+        return real_sample(table, split, size, next(generators) if size == 4 else generator)
+    def objective(batch, args, generator, step=None, case=None):
+        return real_objective(batch, args, generator if case else next(generators), step, case)
+    monkeypatch.setattr(data.Table, "sample", sample)
+    monkeypatch.setattr(train_mlm, "objective", objective)
+    train(toy_csv, tmp_path / "one", *flags, "--grad_accum 2")
+    one, two = ([kept["exp_avg"] for kept in saved(tmp_path / name)["optimizer"]["state"].values()]
+                for name in ("one", "two"))
+    assert max(tenth.abs().max() for tenth in one) > 1e-3
+    torch.testing.assert_close(one, two, atol=1e-6, rtol=1e-5)
 
 @slow
 def test_two_million_rows_fit(tmp_path):
@@ -1334,7 +1311,7 @@ def honest(rate=0.5):
     """A column with holes through all of the shipped path: its masked loss, and its largest gradient."""
     net = model.TableTransformer(model.Config(1, [], 0, 8, 1, 2, 16))
     table = table_of({"x": HOLES}, "--seq_len 8")
-    loss = mean_losses(net, *ask(table.batch(table.starts("train", 8)), case=(rate, 1), net=net)).sum()
+    loss = mean_losses(net, *ask(net, table.batch(table.starts("train", 8)), case=(rate, 1))).sum()
     loss.backward()
     return loss, max(p.grad.abs().max() for p in net.parameters() if p.grad is not None)
 
@@ -1395,7 +1372,7 @@ way(4, "the mean of no cells", "pytorch/pytorch#50224", NAN, 0.0,
     naive=lambda: F.mse_loss(torch.zeros(0), torch.zeros(0)), ours=lambda: honest(rate=1e-9)[0])
 way(5, "cross-entropy where every target is ignored", "pytorch/pytorch#116349", NAN, 0.0,
     naive=lambda: F.cross_entropy(torch.zeros(3, 5), torch.full((3,), -100)),
-    ours=lambda: mean_losses(random_model(), *ask(random_batch(), case=(1e-9, 1)))[1])
+    ours=lambda: mean_losses(random_model(), *ask(random_model(), random_batch(), case=(1e-9, 1)))[1])
 way(6, "a constant for \"nothing masked\"", "neuro-ml/deep_pipe#75", "error", 0.0,
     naive=lambda: torch.tensor(0.0).backward(), ours=lambda: honest(rate=1e-9)[1])
 way(7, "NaN cast to an id", "pytorch/pytorch#154724", -2.0 ** 63, 0.0,
