@@ -285,8 +285,7 @@ NAMED_TIME = r"(?i)(?:\b|_)(?:time|date|datum|epoch|year|month)|stamp|zeit"     
 
 
 def read_raw(args, **options):
-    """A file as a DataFrame of text, by pandas; a simulation as it is. What cannot be read ends in one
-    sentence."""
+    """A file as a DataFrame, by pandas; a simulation as it is. What cannot be read ends in one sentence."""
     if args.data in SIMULATIONS:
         return SIMULATIONS[args.data]()                     # the same in every run: the seed is fixed
     try:
@@ -296,8 +295,8 @@ def read_raw(args, **options):
             named = any(frame.index.names) or isinstance(frame.index, pd.DatetimeIndex)  # dates, likely
             text = frame.to_csv(index=named, sep=args.sep, decimal=args.decimal, lineterminator="\r\n")
             source = io.StringIO(text)
-        return pd.read_csv(source, dtype=str, sep=args.sep, encoding=args.encoding, skiprows=args.skiprows,
-                           skip_blank_lines=False, **options)
+        return pd.read_csv(source, sep=args.sep, encoding=args.encoding, skiprows=args.skiprows,
+                           skip_blank_lines=False, low_memory=False, **options)
     except FileNotFoundError:
         fail(f"{args.data}: no such file (--data takes a path or one of: {', '.join(SIMULATIONS)})")
     except Exception as e:      # foreign files raise anything: half a .gz, another encoding, no pyarrow ...
@@ -306,8 +305,14 @@ def read_raw(args, **options):
 
 
 def read_frame(args):
-    """The table as a DataFrame of at least one row, with NaN for what is missing."""
-    frame = read_raw(args, na_values=MISSING + args.na_values).replace(r"^\s+$", np.nan, regex=True)
+    """The table as a DataFrame of at least one row, NaN where nothing is: text, but for plain numbers."""
+    missing = MISSING + args.na_values
+    head = read_raw(args, dtype=str, na_values=missing, nrows=1000)
+    texts = [name for name in head if infer_kind(head[name], args) != "numeric" or name.lower() in YMD]
+    texts += [*args.time_col, args.group_col, *args.categorical_cols]
+    frame = read_raw(args, dtype=dict.fromkeys(texts, str), na_values=missing, decimal=args.decimal,
+                     thousands=args.thousands)
+    frame = frame.replace(r"^\s+$", np.nan, regex=True)
     if len(frame) == 0:                                     # a header alone
         fail(f"{args.data}: the table has no rows")
     if frame.shape[1] == 1 and re.search("[;|\t]", frame.columns[0]):
@@ -336,7 +341,7 @@ def read_cells(frame, kinds, schema, args):
         cells[name] = np.where(np.isin(x, missing), np.nan, x)          # -999 is -999.00 as well
     for name in categorical:
         cells[name] = frame[name].astype("string")
-    return pd.DataFrame(cells, frame.index)
+    return pd.DataFrame(cells, frame.index, copy=False)     # a large table fits once more, not twice
 
 
 def looks_like_time(column):
@@ -358,13 +363,13 @@ def infer_kinds(frame, args):
             if name not in kinds:
                 fail(f"{args.data}: there is no column {name!r}; it has {', '.join(list(kinds)[:12])}")
             kinds[name] = kind
-    parts = [name for name in kinds if name.lower() in YMD]         # a year alone is a number
-    if not args.time_col and {"year", "month", "day"} <= {name.lower() for name in parts}:
-        kinds.update(dict.fromkeys(parts, "time"))
+    parts = [name for name in kinds if name.lower() in YMD and kinds[name] is None]
     for name in kinds:
         kinds[name] = kinds[name] or infer_kind(frame[name], args)  # a flag has said it, or its values
         if name in args.numeric_cols and np.isnan(read_numbers(frame[name], args)).all():
             fail(f"{args.data}: no value of column {name!r} reads as a number (--numeric_cols)")
+    if "time" not in kinds.values() and {"year", "month"} <= {name.lower() for name in parts}:
+        kinds.update(dict.fromkeys(parts, "time"))          # a year alone is a number
     if not {"numeric", "categorical"} & set(kinds.values()):
         fail(f"{args.data}: no usable column: no numbers or categories beside time and group")
     return kinds
@@ -455,20 +460,20 @@ def read_columns(frame, columns, args):
     patterns = [p for p in patterns if parse_stamps(some, p).notna().all()]
     best = None
     best_stamps = None
-    most_even = -1.0
+    least = np.inf
     for pattern in patterns:
         stamps = parse_stamps(text, pattern)
         if stamps.count() < len(words):                     # some do not read so
             continue
-        steps = stamps.drop_duplicates().sort_values().diff().dropna()  # in no order yet
-        even = (steps - steps.median()).abs() <= 0.15 * steps.median()          # months differ
-        even = even.mean()
-        if even == most_even and not stamps.equals(best_stamps):        # twelve days, or twelve months
+        steps = stamps.drop_duplicates().sort_values().diff().dropna().astype("int64")
+        # how far steps are off their median, beyond the 15 % by which months differ
+        uneven = (steps / steps.median() - 1).abs().sub(0.15).clip(lower=0).mean()
+        if uneven == least and not stamps.equals(best_stamps):          # twelve days, or twelve months
             fail(f"{args.data}: {columns} reads as {best!r} and as {pattern!r}: which one? --time_format")
-        if best is None or even > most_even:
+        if best is None or uneven < least:
             best = pattern
             best_stamps = stamps
-            most_even = even
+            least = uneven
     return best, best_stamps
 
 
@@ -605,7 +610,7 @@ def read_text(table, args):
     for name, ratio in table.unlike.items():
         if ratio > 1000:                                    # the small ones would drown
             fail(f"{args.data}: {name!r} varies a thousand times more in some groups: give each a file")
-    text = read_raw(args, keep_default_na=False).astype("string").fillna("")
+    text = read_raw(args, dtype=str, keep_default_na=False).astype("string").fillna("")
     text.columns = list(table.kinds)                        # as the Table calls them
     if args.regular:
         absent = table.keys.index >= len(text)
@@ -717,7 +722,7 @@ def write_text(path, text, lines, args):
     """A DataFrame of text as the file is written, and the lines of --intervals, DataFrames."""
     options = {"index": False, "sep": args.sep, "encoding": args.encoding}
     if args.data not in SIMULATIONS:                        # pandas renames columns called alike or nothing
-        header = read_raw(args, header=None, nrows=1, keep_default_na=False)
+        header = read_raw(args, header=None, nrows=1, dtype=str, keep_default_na=False)
         options["header"] = header.iloc[0].tolist()
     replace_file(path, lambda beside: text.to_csv(beside, **options))
     if args.intervals:
