@@ -216,11 +216,11 @@ def test_windows_stay_in_their_group_and_pad_on_the_right():
         for windows in (table.starts(split, 7), table.sample(split, 200, step_generator(1))):
             batch = table.batch(windows)
             assert (batch.numeric[~batch.valid] == 0).all() and not batch.observed[~batch.valid].any()
-            for numeric, real, time in zip(own_units(table, batch.numeric).round(), batch.valid, batch.time):
+            for numeric, real, when in zip(own_units(table, batch.numeric).round(), batch.valid, batch.time):
                 assert numeric[real, 1].unique().numel() == 1                   # one group
                 assert (numeric[real, 0].diff() == 1).all()                     # rows in order, none skipped
                 assert real.sum() == min(20, lengths[int(numeric[0, 1])]) and real[:real.sum()].all()
-                assert time[0] == 0 and (time[real].diff() == 1).all() and (time.diff() >= 0).all()
+                assert when[0] == 0 and (when[real].diff() == 1).all() and (when.diff() >= 0).all()
                 rows[split] |= set(numeric[real, 0].tolist())
     assert sum(map(len, rows.values())) == 194 == len(set.union(*rows.values()))
 
