@@ -317,7 +317,7 @@ def read_frame(args):
         fail(f"{args.data}: the table has no rows")
     if frame.shape[1] == 1 and re.search("[;|\t]", frame.columns[0]):
         fail(f"{args.data}: one column called {frame.columns[0]!r}: another separator? --sep ';'")
-    if not isinstance(frame.index, pd.RangeIndex):          # pandas takes the first cells for names of rows
+    if not isinstance(head.index, pd.RangeIndex):           # pandas takes the first cells for names of rows
         fail(f"{args.data}: its rows have more cells than its header has names: give each column one, or "
              "leave out what stands above the header, blank lines as well (--skiprows 0 1)")
     return frame
