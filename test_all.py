@@ -774,6 +774,7 @@ def test_a_roll_out_uses_as_much_of_the_correction_as_val_likes():
 BAD_FILES = [
     ("", "bad.csv"), ("a,b\n", "no rows"), ("a,b\n1,2\n", "--split"), ("a;b\n1;2\n", "--sep"),
     ("t;a;b\n2024;20,5;1,2\n", "--sep"), ("t,a\n" + "2024-01-01,2,\n" * 9, "more cells"),
+    ("t,a\n" + "".join(f"{i},2024-01-0{i + 1},2\n" for i in range(9)), "more cells"),                # row names
     ("date\n2024-01-01\n2024-01-02\n", "no usable column"),
     ("t,x\nUTC,m/s\n" + "".join(f"2024-01-{i},{i}\n" for i in range(10, 32)), "'t' / UTC")]
 BAD_FLAGS = [
