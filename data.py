@@ -9,6 +9,7 @@ says so. Everything downstream relies on that one promise. The words (B, T, N, K
 defined at the top of model.py.
 """
 import argparse
+import csv
 import io
 import os
 import re
@@ -118,16 +119,16 @@ def load_table(args, frame=None, schema=None):
     """args: the flags of `make_parser`; frame: a DataFrame to use instead of args.data; schema: of a
     checkpoint, and then nothing is learned from this file. Returns a Table."""
     if frame is None:
-        frame = read_frame(args)                            # NaN where nothing is
+        frame = read_frame(args, schema)                    # NaN where nothing is
     frame = frame.reset_index(drop=True)                    # rows are known by their number alone
     texts = frame.select_dtypes(exclude="number").columns
     frame = frame.astype(dict.fromkeys(texts, "string"))    # dates and true/false as in a .csv
+    args.group_col = args.group_col or GROUPS.get(args.data)
     kinds = infer_kinds(frame, args)                        # what each column is taken for
     columns, pattern, stamps = read_time(frame, kinds, args)        # or the numbers of the rows
     keys = pd.DataFrame({"group": "", "time": stamps})      # whose row it is, and of when
-    for name in kinds:
-        if kinds[name] == "group":
-            keys["group"] = frame[name].astype("string").fillna("")
+    if args.group_col:
+        keys["group"] = frame[args.group_col].astype("string").fillna("")
     # rows without a time are of no group: they come last, and belong to no sequence
     keys["group"] = keys["group"].where(keys["time"].notna())
     if keys["group"].isna().all():
@@ -268,7 +269,6 @@ def split_rows(lengths, args, schema=None):
 
 # ---- files, and the kinds of their columns
 
-MISSING = ["?", "-", "--", "n.a."]  # markers of a missing cell, beside those that pandas knows
 MONTH = r"(?i:jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec)[a-z]*"
 DATE_LIKE = "|".join([
     r"^[12]\d{3}[-/](?:\d|[QW]\d)|^\d{4}Q\d$",                 # 2024-12-31, 2024/12, 2024-W05, 2024Q1
@@ -304,12 +304,20 @@ def read_raw(args, **options):
         fail(f"{args.data}: pandas cannot read this table ({why}); see --sep, --encoding and --skiprows")
 
 
-def read_frame(args):
+def read_frame(args, schema=None):
     """The table as a DataFrame of at least one row, NaN where nothing is: text, but for plain numbers."""
-    missing = MISSING + args.na_values
+    if args.data in SIMULATIONS:
+        return read_raw(args)
+    missing = ["?", "-", "--", "n.a.", *args.na_values]     # beside those that pandas knows
     head = read_raw(args, dtype=str, na_values=missing, nrows=1000)
-    texts = [name for name in head if infer_kind(head[name], args) != "numeric" or name.lower() in YMD]
-    texts += [*args.time_col, args.group_col, *args.categorical_cols]
+    texts = [*args.time_col, args.group_col, *args.categorical_cols]
+    if schema:
+        texts += schema.categorical
+    for name in head:
+        words = head[name].dropna()                         # whole numbers of one width: codes? None yet?
+        is_plain = not words.str.fullmatch(r"\d\d+").all() or words.str.len().nunique() > 1
+        if name.lower() in YMD or not is_plain or infer_kind(head[name], args) != "numeric":
+            texts.append(name)
     frame = read_raw(args, dtype=dict.fromkeys(texts, str), na_values=missing, decimal=args.decimal,
                      thousands=args.thousands)
     frame = frame.replace(r"^\s+$", np.nan, regex=True)
@@ -356,8 +364,7 @@ def looks_like_time(column):
 def infer_kinds(frame, args):
     """{column: "time", "group", "numeric", "categorical" or "dropped: why"}. Flags win over inference."""
     kinds = dict.fromkeys(frame.columns)                    # None: not known yet
-    group = args.group_col or GROUPS.get(args.data)
-    for kind, names in (("time", args.time_col), ("group", [group]), ("numeric", args.numeric_cols),
+    for kind, names in (("time", args.time_col), ("group", [args.group_col]), ("numeric", args.numeric_cols),
                         ("categorical", args.categorical_cols), ("dropped: --drop_cols", args.drop_cols)):
         for name in filter(None, names):                    # --group_col may be None
             if name not in kinds:
@@ -408,7 +415,8 @@ def read_numbers(column, args, largest=SENTINEL):
 warnings.filterwarnings("ignore", "Parsing dates|A future version of pandas will return a BaseOffset")
 YMD = {"year": "%Y", "month": "%m", "day": "%d", "hour": "%H", "minute": "%M", "second": "%S"}
 # what pandas does not guess: years of two digits, months without a day, hours up to twelve or alone
-OTHER_DATES = ["%d.%m.%y", "%m/%d/%y", "%d/%m/%y", "%d-%b-%y", "%d-%b-%Y", "%m/%d/%Y", "%d/%m/%Y", "%Y-%m-%d"]
+OTHER_DATES = ["%d.%m.%y", "%y.%m.%d", "%m/%d/%y", "%d/%m/%y", "%y/%m/%d", "%d-%b-%y", "%d-%b-%Y",
+               "%m/%d/%Y", "%d/%m/%Y", "%Y-%m-%d"]
 OTHER_CLOCKS = ["", " %H", " %H:%M", " %H:%M:%S", " %H.%M", " %H.%M.%S", " %I:%M %p", " %I:%M:%S %p"]
 OTHER_PATTERNS = [date + clock for date in OTHER_DATES for clock in OTHER_CLOCKS]
 OTHER_PATTERNS += ["%m/%Y", "%b %Y", "%B %Y", "%b-%y", "%b-%Y", "%Y%m%d%H", "%Y%m", "%d%m%Y", "%m%d%Y"]
@@ -466,8 +474,7 @@ def read_columns(frame, columns, args):
         if stamps.count() < len(words):                     # some do not read so
             continue
         steps = stamps.drop_duplicates().sort_values().diff().dropna().astype("int64")
-        # how far steps are off their median, beyond the 15 % by which months differ
-        uneven = (steps / steps.median() - 1).abs().sub(0.15).clip(lower=0).mean()
+        uneven = ((steps / steps.median() - 1).abs() > 0.15).mean()     # months differ
         if uneven == least and not stamps.equals(best_stamps):          # twelve days, or twelve months
             fail(f"{args.data}: {columns} reads as {best!r} and as {pattern!r}: which one? --time_format")
         if best is None or uneven < least:
@@ -488,11 +495,13 @@ def read_time(frame, kinds, args):
         return [], "as it is", number.mask(blank)
     first = frame[columns[0]]
     numbers = pd.Series(read_numbers(first, args), first.index)
-    is_number = numbers.count() == first.count() and not looks_like_time(first)  # 20240131 is a date
+    is_number = numbers.count() == first.count() and not looks_like_time(first.rename("time"))
     if len(columns) == 1 and is_number and not args.time_format:
         return columns, "as it is", numbers.round(9)        # 20.099999999999998 is 20.1
     pattern, stamps = read_columns(frame, columns, args)
-    if pattern is None or pattern == "elapsed" and not stamps.is_monotonic_increasing:
+    alone = frame[columns].nunique() > 0.9 * frame[columns].count()     # needs no clock beside it
+    which = len(columns) > 1 and not args.time_col and alone.any()
+    if pattern is None or which or pattern == "elapsed" and not stamps.is_monotonic_increasing:
         fail(f"{args.data}: {' '.join(columns)!r} does not read as time stamps in one format (such as "
              f"{first.dropna().iloc[[0, -1]].tolist()}): --time_format '%d.%m.%Y %H:%M' says how, --time_col "
              "which column, or which two (Date Time), --drop_cols or --categorical_cols that it is no time")
@@ -503,15 +512,17 @@ def time_step(stamps, every):
     """The step by which stamps, a Series, go on: working days, months and the like as such, else the median;
     NaT where months are uneven. every: the stamps of all groups, which say on what days all is shut."""
     stamps = stamps.dropna().drop_duplicates().sort_values()
-    step = stamps.diff().median()                           # not the mean: a hole is no step
+    steps = stamps.diff().dropna()
+    step = steps.quantile(0.5, interpolation="lower")       # the median, but never between two steps
     if not is_datetime64_any_dtype(stamps) or len(stamps) < 3:
         return step
     days = step / pd.Timedelta(days=1)
     if days == 1:
-        recent = every.dropna().dt.normalize().drop_duplicates().sort_values().iloc[-100:]
-        weeks = (recent.iloc[-1] - recent.iloc[0]).days / 7
-        count = recent.dt.day_of_week.value_counts().reindex(range(7), fill_value=0)
-        is_open = count > 0.1 * weeks
+        dates = stamps if len(stamps) >= 100 else every.dropna()
+        dates = dates.dt.normalize().drop_duplicates().sort_values().iloc[-100:]
+        weekday = dates.dt.day_of_week
+        weeks = (dates - pd.to_timedelta(weekday, unit="D")).nunique()          # that have a date
+        is_open = weekday.value_counts().reindex(range(7), fill_value=0) > 0.1 * weeks
         if weeks > 2 and not is_open.all():
             return pd.offsets.CustomBusinessDay(weekmask=tuple(is_open))
     if days > 27:
@@ -527,7 +538,7 @@ def time_step(stamps, every):
             named = pd.tseries.frequencies.to_offset(pd.infer_freq(stretch))
             if named and stretch.map(named.is_on_offset).all():
                 return named
-        return pd.NaT
+        return step if (steps == step).mean() > 0.8 else pd.NaT
     return step
 
 
@@ -650,12 +661,11 @@ def spell(table, name, values, text, args, forecast):
 
 
 def number_text(x, own, args):
-    """Numbers (n,) as n texts as their column has them, `own`, a Series: with its decimals, whole where it is
-    whole."""
-    form = ".6g"                                            # 1.2e-05 has no fixed number of decimals
-    if not own.str.contains("e", case=False).any():
-        decimals = own.str.extract(rf"{re.escape(args.decimal)}(\d+)$", expand=False).fillna("")
-        digits = min(15, int(decimals.str.len().quantile(0.95)))        # one 20.400000000000002 is no manner
+    """Numbers (n,) as n texts in the manner of `own`, a Series of text: its decimals, whole where it is."""
+    decimals = own.str.extract(rf"{re.escape(args.decimal)}(\d+)(?:[eE].*)?$", expand=False).fillna("")
+    digits = min(15, int(decimals.str.len().quantile(0.95)))            # one 20.400000000000002 is no manner
+    form = f".{digits}e"
+    if own.str.contains("e", case=False).mean() < 0.5:
         whole = decimals.str.strip("0").eq("").all()        # 3 and 3.00, never 3.25
         x = np.round(x, 0 if whole else digits) + 0.0       # no -0.0
         form = f".{digits}f"
@@ -685,8 +695,6 @@ def new_rows(table, text, like, stamps, args):
     rows `like` of the table."""
     rows = text.iloc[table.keys.index[like]].copy()
     rows.loc[:, [name for name in text if table.kinds[name] != "group"]] = ""
-    if len(rows) == 0:
-        return rows
     known = table.keys["time"].dropna()
     known = known[known.index < len(text)]                  # rows of the file, not those of --regular
     patterns = table.pattern.rsplit(" ", len(table.time_columns) - 1)   # one for each column
@@ -706,8 +714,10 @@ def new_rows(table, text, like, stamps, args):
 def next_rows(table, text, steps, args):
     """The `steps` rows that come next in each sequence, see new_rows; their clock (sequences, steps, C)."""
     stamps = []
-    for _, own in table.keys["time"].groupby(table.keys["group"]):
-        step = time_step(own if len(own) > 1 else table.keys["time"], table.keys["time"])
+    groups = table.keys["time"].groupby(table.keys["group"])
+    longest = max((own for _, own in groups), key=len)      # tells the step of those of a few rows
+    for _, own in groups:
+        step = time_step(own if len(own) > 3 else longest, table.keys["time"])
         if step != step or own.nunique() <= len(own) / 2:
             fail(f"{args.data}: --forecast cannot go on from {' '.join(table.time_columns)!r}, whose step is "
                  f"{step}: uneven months? Which column tells sequences (--group_col) or hours (--time_col)?")
@@ -724,6 +734,8 @@ def write_text(path, text, lines, args):
     if args.data not in SIMULATIONS:                        # pandas renames columns called alike or nothing
         header = read_raw(args, header=None, nrows=1, dtype=str, keep_default_na=False)
         options["header"] = header.iloc[0].tolist()
+    if any(text[name].str.contains("\r").any() for name in text):
+        options["quoting"] = csv.QUOTE_ALL                  # pandas quotes \n alone
     replace_file(path, lambda beside: text.to_csv(beside, **options))
     if args.intervals:
         lines = pd.concat([pd.DataFrame(), *lines])         # there may be none
@@ -1102,8 +1114,7 @@ def pick_device(args):
 def tiny_batch():
     """The tiny table as a Table, scaled by two rows of each room, and all of it as one Batch: what this file,
     masking.py and model.py print."""
-    flags = "--group_col room --seq_len 2 --split 2 1 1".split()
-    args = make_parser(None, "data", "the tiny table").parse_args(flags)
+    args = make_parser(None, "data", "tiny").parse_args("--group_col room --seq_len 2 --split 2 1 1".split())
     table = load_table(args, tiny_table())
     table.seq_len = 6                                       # a window holds a room
     table.segments["train"] = table.segments["all"]
@@ -1156,14 +1167,13 @@ def find_hints(table, args):
     schema = table.schema
     hints = []
     absent, repeated = absent_steps(table)
-    grouped = "group" in table.kinds.values()
     few = [name for name, words in zip(schema.categorical, schema.vocabulary) if 1 < len(words) <= 50]
-    if repeated >= len(table.observed) / 2 and not grouped:
+    if repeated >= len(table.observed) / 2 and not args.group_col:
         label = (few or ["NAME"])[0]                        # may say which sequence a row is of
         hints.append(f"the same stamps again and again: a long file (--group_col {label}, or pivot it), or "
                      "is the hour in another column (--time_col Date Hour)?")
     for name in schema.numeric:
-        if re.search(NAMED_TIME, name) and not table.time_columns and not grouped:
+        if re.search(NAMED_TIME, name) and not table.time_columns and not args.group_col:
             hints.append(f"{name} is taken for a number: is it the time? --time_col {name}")
     numbers = scaled_numbers(table)[::1 + len(table.observed) // 100_000]   # 100,000 rows tell
     numbers = numbers * schema.scale + schema.center
