@@ -326,8 +326,8 @@ def read_frame(args, schema=None):
     if frame.shape[1] == 1 and re.search("[;|\t]", frame.columns[0]):
         fail(f"{args.data}: one column called {frame.columns[0]!r}: another separator? --sep ';'")
     if not isinstance(head.index, pd.RangeIndex):           # pandas takes the first cells for names of rows
-        fail(f"{args.data}: its rows have more cells than its header has names: name each column, or leave out "
-             "blank and other lines above the header (--skiprows 0 1)")
+        fail(f"{args.data}: its rows have more cells than its header has names: name each column, or "
+             "leave out the lines above it (--skiprows 0 1)")
     return frame
 
 
