@@ -150,16 +150,15 @@ def load_table(args, frame=None, schema=None):
     return Table(schema=schema, numeric=numeric, categorical=categorical, observed=observed,
                  clock=time_features(keys["time"], schema.cycles, args), time=median_steps(keys),
                  keys=keys, time_columns=columns, pattern=pattern, kinds=kinds, seq_len=seq_len,
-                 segments=segments, unlike=compare_groups(frame, keys, schema))
+                 segments=segments, unlike=compare_groups(frame, keys))
 
 
 def encode(frame, schema):
     """DataFrame of `read_cells` -> numeric (rows, N), categorical (rows, K), observed (rows, F): from here on
     no cell is NaN."""
-    names = schema.numeric + schema.categorical             # F of them, in this order everywhere
     numeric = np.zeros((len(frame), len(schema.numeric)), np.float32)   # 0.0 where missing
     categorical = np.zeros((len(frame), len(schema.categorical)), np.int32)
-    observed = frame[names].notna().to_numpy(copy=True)
+    observed = frame.notna().to_numpy(copy=True)            # (rows, F): its columns are those, in that order
     for j, name in enumerate(schema.numeric):
         scaled = (frame[name] - schema.center[j]) / schema.scale[j]     # in float64, NaN where missing
         numeric[:, j] = scaled.clip(-1e9, 1e9).fillna(0.0)              # so that squares are finite
@@ -342,14 +341,14 @@ def read_cells(frame, kinds, schema, args):
     for name in numeric + categorical:
         if name not in frame:
             fail(f"{args.data}: there is no column {name!r}, which the checkpoint was trained on")
-    cells = {}                                              # column -> its values
+    cells = pd.DataFrame(np.zeros((len(frame), len(numeric)), order="F"), frame.index, numeric)
     missing = pd.to_numeric(pd.Series(args.na_values, dtype=str), errors="coerce")
     for name in numeric:
         x = read_numbers(frame[name], args)
-        cells[name] = np.where(np.isin(x, missing), np.nan, x)          # -999 is -999.00 as well
+        cells.loc[:, name] = np.where(np.isin(x, missing), np.nan, x)   # -999 is -999.00 as well
     for name in categorical:
         cells[name] = frame[name].astype("string")
-    return pd.DataFrame(cells, frame.index, copy=False)     # a large table fits once more, not twice
+    return cells
 
 
 def looks_like_time(column):
@@ -572,11 +571,14 @@ def even_keys(keys):
     return known, pd.concat(every)
 
 
-def compare_groups(frame, keys, schema):
+def compare_groups(frame, keys):
     """{numeric column: how many times more it varies in one group than in another}."""
-    groups = frame[schema.numeric].groupby(keys["group"].to_numpy())
-    spread = groups.max() - groups.min()                    # in float64: a small group is not rounded away
-    return (spread.max() / spread[spread > 0].min()).to_dict()
+    ratios = {}
+    for name in frame.select_dtypes("number"):              # a column at a time: a large table fits once
+        groups = frame[name].groupby(keys["group"].to_numpy())
+        spread = groups.max() - groups.min()                # in float64: a small group is not rounded away
+        ratios[name] = spread.max() / spread[spread > 0].min()
+    return ratios
 
 
 def insert_absent_rows(frame, keys, args):
@@ -1083,8 +1085,7 @@ def load_checkpoint(path, script):
     if not os.path.exists(path):
         fail(f"{path}: no such checkpoint; --resume goes on from a run with the same --out_dir")
     try:
-        # first into main memory: a run that began on a GPU can go on without one
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)    # where there is no GPU, too
         assert checkpoint["script"] == script               # of the other objective it is of no use
         return checkpoint
     except Exception:               # half a file and a foreign one raise half a dozen kinds of error
