@@ -206,7 +206,7 @@ def time_features(stamps, cycles, args):
     if cycles and not is_datetime64_any_dtype(stamps):
         fail(f"{args.data}: it has no time stamps, which the checkpoint was trained with (--time_col)")
     for i, cycle in enumerate(cycles):
-        midnight = pd.Timestamp("2000-01-01", tz=stamps.dt.tz)      # any will do, where the clock hangs
+        midnight = pd.Timestamp("2000-01-01", tz=stamps.dt.tz)      # any: the place in a cycle counts
         angle = 2 * np.pi * (stamps - midnight).dt.total_seconds().fillna(0) / CYCLES[cycle]
         clock[:, i] = np.sin(angle)
         clock[:, len(cycles) + i] = np.cos(angle)
@@ -319,7 +319,7 @@ def read_frame(args, schema=None):
             texts.append(name)
     frame = read_raw(args, dtype=dict.fromkeys(texts, str), na_values=missing, decimal=args.decimal,
                      thousands=args.thousands)
-    frame = frame.replace(r"^\s+$", np.nan, regex=True)
+    frame = frame.replace(r"^\s+$", np.nan, regex=True)     # a cell of blanks is empty, too
     if len(frame) == 0:                                     # a header alone
         fail(f"{args.data}: the table has no rows")
     if frame.shape[1] == 1 and re.search("[;|\t]", frame.columns[0]):
@@ -341,7 +341,7 @@ def read_cells(frame, kinds, schema, args):
     for name in numeric + categorical:
         if name not in frame:
             fail(f"{args.data}: there is no column {name!r}, which the checkpoint was trained on")
-    cells = pd.DataFrame(np.zeros((len(frame), len(numeric)), order="F"), frame.index, numeric)
+    cells = pd.DataFrame(np.zeros((len(frame), len(numeric)), order="F"), frame.index, numeric)  # one block
     missing = pd.to_numeric(pd.Series(args.na_values, dtype=str), errors="coerce")
     for name in numeric:
         x = read_numbers(frame[name], args)
@@ -472,7 +472,7 @@ def read_columns(frame, columns, args):
         stamps = parse_stamps(text, pattern)
         if stamps.count() < len(words):                     # some do not read so
             continue
-        steps = stamps.drop_duplicates().sort_values().diff().dropna().astype("int64")
+        steps = stamps.drop_duplicates().sort_values().diff().dropna().astype("int64")  # in any unit
         uneven = ((steps / steps.median() - 1).abs() > 0.15).mean()     # months differ
         if uneven == least and not stamps.equals(best_stamps):          # twelve days, or twelve months
             fail(f"{args.data}: {columns} reads as {best!r} and as {pattern!r}: which one? --time_format")
@@ -517,15 +517,15 @@ def time_step(stamps, every):
         return step
     days = step / pd.Timedelta(days=1)
     if days == 1:
-        dates = stamps if len(stamps) >= 100 else every.dropna()
+        dates = stamps if len(stamps) >= 100 else every.dropna()    # own ones, if they are enough
         dates = dates.dt.normalize().drop_duplicates().sort_values().iloc[-100:]
-        weekday = dates.dt.day_of_week
+        weekday = dates.dt.day_of_week                      # 0 is Monday
         weeks = (dates - pd.to_timedelta(weekday, unit="D")).nunique()          # that have a date
         is_open = weekday.value_counts().reindex(range(7), fill_value=0) > 0.1 * weeks
         if weeks > 2 and not is_open.all():
             return pd.offsets.CustomBusinessDay(weekmask=tuple(is_open))
     if days > 27:
-        months = round(days / 30.44)
+        months = round(days / 30.44)                        # 1, 3, 12 ...
         day = stamps.dt.day
         last = stamps.dt.is_month_end
         if last.all():
@@ -533,7 +533,7 @@ def time_step(stamps, every):
         if (last | (day == day.max())).all():               # the 15th, or the 30th where there is one
             return pd.DateOffset(months=months)
         for end in range(len(stamps), 11, -1):              # the third Friday; one row may be absent
-            stretch = stamps.iloc[end - 12:end]
+            stretch = stamps.iloc[end - 12:end]             # of the last rows first
             named = pd.tseries.frequencies.to_offset(pd.infer_freq(stretch))
             if named and stretch.map(named.is_on_offset).all():
                 return named
@@ -1151,7 +1151,7 @@ def default_span(table):
     holes, runs = hole_runs(table)
     holes = int(holes[learnt].sum())
     runs = int(runs[learnt].sum())
-    span = 12.0 if runs < 20 else holes / runs              # 12: half a day of hours
+    span = 12.0 if runs < 20 else holes / runs              # a few runs say little
     return max(1.0, min(span, table.seq_len / 4))
 
 
@@ -1159,7 +1159,7 @@ def absent_steps(table):
     """How many steps of time have no row, and how many rows have the stamp of another."""
     if not table.time_columns:
         return 0, 0
-    known, every = even_keys(table.keys)
+    known, every = even_keys(table.keys)                    # what is there, and what would be
     return max(0, len(every) - len(known)), table.keys["time"].count() - len(known)
 
 

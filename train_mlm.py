@@ -305,13 +305,13 @@ def build_model(table, args, checkpoint, device):
 
 def conclude(model, table, base_rmse, args, autocast, history):
     """The test split, read once, with the best weights. Returns its errors, and the factor of intervals."""
-    model.load_state_dict(load_checkpoint(f"{args.out_dir}/best.pt", SCRIPT)["model"])  # not the last
+    model.load_state_dict(load_checkpoint(f"{args.out_dir}/best.pt", SCRIPT)["model"])  # val's best
     _, _, val = evaluate(model, table, "val", table.seq_len, base_rmse, args, autocast)  # fits intervals
     _, errors, test = evaluate(model, table, "test", args.eval_stride, base_rmse, args, autocast)
     factor = fit_intervals(val, test, table.schema, args)
     results = {"script": SCRIPT, "data": args.data, "seed": args.seed, "n_params": model.n_params,
                "steps": args.max_steps, **report_test(model, table, errors, factor, args)}
-    text = json.dumps(results, indent=1)                    # whole or not at all, as all files
+    text = json.dumps(results, indent=1)
     replace_file(f"{args.out_dir}/results.json", lambda path: Path(path).write_text(text))
     print_table("mean absolute error, own units", own_errors(errors, table.schema).dropna())
     log = pd.DataFrame(history, columns=["step", "train", "val"]).set_index("step")
