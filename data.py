@@ -410,8 +410,7 @@ def read_numbers(column, args, largest=SENTINEL):
 
 # ---- time
 
-# pandas says when it reads a day as a month, and what infer_freq returns is about to change
-warnings.filterwarnings("ignore", "Parsing dates|A future version of pandas will return a BaseOffset")
+warnings.filterwarnings("ignore", "Parsing dates")           # pandas says when it reads a day as a month
 YMD = {"year": "%Y", "month": "%m", "day": "%d", "hour": "%H", "minute": "%M", "second": "%S"}
 # what pandas does not guess: years of two digits, months without a day, hours up to twelve or alone
 OTHER_DATES = ["%d.%m.%y", "%y.%m.%d", "%m/%d/%y", "%d/%m/%y", "%y/%m/%d", "%d-%b-%y", "%d-%b-%Y",
@@ -508,14 +507,14 @@ def read_time(frame, kinds, args):
 
 
 def time_step(stamps, every):
-    """The step by which stamps, a Series, go on: working days, months and the like as such, else the median;
-    NaT where months are uneven. every: the stamps of all groups, which say on what days all is shut."""
+    """The step that leads from most stamps, a Series, to one of them: of working days, of months by their end
+    or day, or the median; NaT where months are uneven. every: the stamps of all groups tell working days."""
     stamps = stamps.dropna().drop_duplicates().sort_values()
-    steps = stamps.diff().dropna()
-    step = steps.quantile(0.5, interpolation="lower")       # the median, but never between two steps
+    median = stamps.diff().quantile(0.5, interpolation="lower")     # never between two steps
     if not is_datetime64_any_dtype(stamps) or len(stamps) < 3:
-        return step
-    days = step / pd.Timedelta(days=1)
+        return median
+    days = median / pd.Timedelta(days=1)
+    steps = [median]
     if days == 1:
         dates = stamps if len(stamps) >= 100 else every.dropna()    # own ones, if they are enough
         dates = dates.dt.normalize().drop_duplicates().sort_values().iloc[-100:]
@@ -523,22 +522,15 @@ def time_step(stamps, every):
         weeks = (dates - pd.to_timedelta(weekday, unit="D")).nunique()          # that have a date
         is_open = weekday.value_counts().reindex(range(7), fill_value=0) > 0.1 * weeks
         if weeks > 2 and not is_open.all():
-            return pd.offsets.CustomBusinessDay(weekmask=tuple(is_open))
-    if days > 27:
+            steps = [pd.offsets.CustomBusinessDay(weekmask=tuple(is_open)), median]
+    elif days > 27:
         months = round(days / 30.44)                        # 1, 3, 12 ...
-        day = stamps.dt.day
-        last = stamps.dt.is_month_end
-        if last.all():
-            return pd.offsets.MonthEnd(months)              # 31 January, 29 February
-        if (last | (day == day.max())).all():               # the 15th, or the 30th where there is one
-            return pd.DateOffset(months=months)
-        for end in range(len(stamps), 11, -1):              # the third Friday; one row may be absent
-            stretch = stamps.iloc[end - 12:end]             # of the last rows first
-            named = pd.tseries.frequencies.to_offset(pd.infer_freq(stretch))
-            if named and stretch.map(named.is_on_offset).all():
-                return named
-        return step if (steps == step).mean() > 0.8 else pd.NaT
-    return step
+        steps = [offset(months) for offset in (pd.offsets.BMonthEnd, pd.offsets.MonthEnd)]
+        steps += [pd.DateOffset(months=months), median]
+    recent = stamps.iloc[-100:]
+    fits = [recent.iloc[:-1].map(lambda stamp: stamp + step).isin(recent).mean() for step in steps]
+    best = int(np.argmax(fits))                             # of equals the first
+    return steps[best] if days <= 27 or fits[best] > 0.8 else pd.NaT
 
 
 def median_steps(keys):
