@@ -23,6 +23,7 @@ import pandas as pd
 import torch
 from pandas.api.types import is_datetime64_any_dtype, is_numeric_dtype
 from pandas.tseries.api import guess_datetime_format
+from pandas.tseries.offsets import BMonthEnd, CustomBusinessDay, DateOffset, MonthEnd
 
 SENTINEL = 1e30                     # files write "no reading" as -1.18e42; nothing we measure is that big
 MAX_CATEGORIES = 1000               # a text column with more distinct values than this is an identifier
@@ -275,7 +276,7 @@ DATE_LIKE = "|".join([
     rf"^\d{{1,2}}[-/. ]+(?:\d{{1,2}}|{MONTH})[-/. ]+\d{{2}}",   # 31.12.24, 31. Dec 2024
     r"^\d{1,2}/\d{4}$",                                         # 12/2024
     rf"\b{MONTH}[-. ,]+(?:\d{{1,2}},? )?\d{{2}}(?:\d\d)?\b",    # Dec-24, Tuesday, Dec 31, 2024
-    r"^(?:19|20)\d\d[01]\d[0-3]\d(?:T?\d{2,6})?$",              # 20241231, 202412311030
+    r"^(?:19|20)\d\d[01]\d[0-3]\d(?:T?\d{2,6}|\.0)?$",          # 20241231, 202412311030, 20241231.0
     r"^[0-3]\d[0-3]\d(?:19|20)\d\d$",                           # 31122024
     r"^\d{1,2}:\d\d|^\d+ days?\b"])                             # 10:30, 3 days
 # (milli)seconds since 1970, or 202412: only where the name says time
@@ -319,7 +320,8 @@ def read_frame(args, schema=None):
             texts.append(name)
     frame = read_raw(args, dtype=dict.fromkeys(texts, str), na_values=missing, decimal=args.decimal,
                      thousands=args.thousands)
-    frame = frame.replace(r"^\s+$", np.nan, regex=True)     # a cell of blanks is empty, too
+    blank = r"^\s*(?:NA|N/A|n/a|NaN|nan|NULL|null|None|\?|--?)?\s*$"      # with blanks around, or these alone
+    frame = frame.replace(blank, np.nan, regex=True)
     if len(frame) == 0:                                     # a header alone
         fail(f"{args.data}: the table has no rows")
     if frame.shape[1] == 1 and re.search("[;|\t]", frame.columns[0]):
@@ -522,15 +524,19 @@ def time_step(stamps, every):
         weeks = (dates - pd.to_timedelta(weekday, unit="D")).nunique()          # that have a date
         is_open = weekday.value_counts().reindex(range(7), fill_value=0) > 0.1 * weeks
         if weeks > 2 and not is_open.all():
-            steps = [pd.offsets.CustomBusinessDay(weekmask=tuple(is_open)), median]
+            steps = [CustomBusinessDay(weekmask=tuple(is_open)), median]
     elif days > 27:
         months = round(days / 30.44)                        # 1, 3, 12 ...
-        steps = [offset(months) for offset in (pd.offsets.BMonthEnd, pd.offsets.MonthEnd)]
-        steps += [pd.DateOffset(months=months), median]
+        steps = [BMonthEnd(months), MonthEnd(months), DateOffset(months=months), median]
     recent = stamps.iloc[-100:]
-    fits = [recent.iloc[:-1].map(lambda stamp: stamp + step).isin(recent).mean() for step in steps]
+    fits = []
+    for step in steps:
+        following = recent.iloc[:-1].map(lambda stamp: stamp + step)
+        fits.append(following.isin(recent).mean())
     best = int(np.argmax(fits))                             # of equals the first
-    return steps[best] if days <= 27 or fits[best] > 0.8 else pd.NaT
+    if days > 27 and fits[best] < 0.8:
+        return pd.NaT
+    return steps[best]
 
 
 def median_steps(keys):
