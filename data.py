@@ -119,8 +119,11 @@ class Table:
 def load_table(args, frame=None, schema=None):
     """args: the flags of `make_parser`; frame: a DataFrame to use instead of args.data; schema: of a
     checkpoint, and then nothing is learned from this file. Returns a Table."""
+    if schema:                                              # whatever this file looks like
+        args.numeric_cols = schema.numeric
+        args.categorical_cols = schema.categorical
     if frame is None:
-        frame = read_frame(args, schema)                    # NaN where nothing is
+        frame = read_frame(args)                            # NaN where nothing is
     frame = frame.reset_index(drop=True)                    # rows are known by their number alone
     texts = frame.select_dtypes(exclude="number").columns
     frame = frame.astype(dict.fromkeys(texts, "string"))    # dates and true/false as in a .csv
@@ -134,7 +137,9 @@ def load_table(args, frame=None, schema=None):
     keys["group"] = keys["group"].where(keys["time"].notna())
     if keys["group"].isna().all():
         fail(f"{args.data}: no row has a time in {' '.join(columns)!r} (--time_col)")
-    frame = read_cells(frame, kinds, schema, args)          # from here on what is to be learnt, alone
+    frame = read_cells(frame, kinds, args)                  # from here on what is to be learnt, alone
+    if schema:
+        frame = frame[schema.numeric + schema.categorical]  # in that order, without what is new
     if args.regular:
         frame, keys = insert_absent_rows(frame, keys, args)
     keys = keys.sort_values(["group", "time"])              # equal times keep their order
@@ -175,6 +180,8 @@ def fit_schema(frame, stamps, is_train, args):
     categorical = frame.columns.difference(numeric, sort=False).tolist()
     schema = Schema(numeric, categorical, center=[], scale=[], vocabulary=[], learnt=[], cycles=[])
     for name in numeric:
+        if name in args.numeric_cols and frame[name].isna().all():
+            fail(f"{args.data}: no value of column {name!r} reads as a number (--numeric_cols)")
         x = frame[name][is_train].dropna().to_numpy()       # a hole tells nothing about a scale
         schema.learnt.append(len(x) > 0)
         if len(x) == 0:
@@ -304,15 +311,13 @@ def read_raw(args, **options):
         fail(f"{args.data}: pandas cannot read this table ({why}); see --sep, --encoding and --skiprows")
 
 
-def read_frame(args, schema=None):
+def read_frame(args):
     """The table as a DataFrame of at least one row, NaN where nothing is: text, but for plain numbers."""
     if args.data in SIMULATIONS:
         return read_raw(args)
     missing = ["?", "-", "--", "n.a.", *args.na_values]     # beside those that pandas knows
     head = read_raw(args, dtype=str, na_values=missing, nrows=1000)
     texts = [*args.time_col, args.group_col, *args.categorical_cols]
-    if schema:
-        texts += schema.categorical
     for name in head:
         words = head[name].dropna()                         # whole numbers of one width: codes? None yet?
         is_plain = not words.str.fullmatch(r"\d\d+").all() or words.str.len().nunique() > 1
@@ -332,17 +337,10 @@ def read_frame(args, schema=None):
     return frame
 
 
-def read_cells(frame, kinds, schema, args):
-    """The columns to learn, of kinds or of the schema of a checkpoint: numbers as float64, categories as
-    text, NaN where there is no value."""
+def read_cells(frame, kinds, args):
+    """The columns to learn: numbers as float64, categories as text, NaN where there is no value."""
     numeric = [name for name in kinds if kinds[name] == "numeric"]
     categorical = [name for name in kinds if kinds[name] == "categorical"]
-    if schema:                                              # whatever this file looks like
-        numeric = schema.numeric
-        categorical = schema.categorical
-    for name in numeric + categorical:
-        if name not in frame:
-            fail(f"{args.data}: there is no column {name!r}, which the checkpoint was trained on")
     cells = pd.DataFrame(np.zeros((len(frame), len(numeric)), order="F"), frame.index, numeric)  # one block
     missing = pd.to_numeric(pd.Series(args.na_values, dtype=str), errors="coerce")
     for name in numeric:
@@ -365,8 +363,9 @@ def looks_like_time(column):
 def infer_kinds(frame, args):
     """{column: "time", "group", "numeric", "categorical" or "dropped: why"}. Flags win over inference."""
     kinds = dict.fromkeys(frame.columns)                    # None: not known yet
-    for kind, names in (("time", args.time_col), ("group", [args.group_col]), ("numeric", args.numeric_cols),
-                        ("categorical", args.categorical_cols), ("dropped: --drop_cols", args.drop_cols)):
+    for kind, names in (("dropped: --drop_cols", args.drop_cols), ("time", args.time_col),
+                        ("group", [args.group_col]), ("numeric", args.numeric_cols),
+                        ("categorical", args.categorical_cols)):
         for name in filter(None, names):                    # --group_col may be None
             if name not in kinds:
                 fail(f"{args.data}: there is no column {name!r}; it has {', '.join(list(kinds)[:12])}")
@@ -374,8 +373,6 @@ def infer_kinds(frame, args):
     parts = [name for name in kinds if name.lower() in YMD and kinds[name] is None]
     for name in kinds:
         kinds[name] = kinds[name] or infer_kind(frame[name], args)  # a flag has said it, or its values
-        if name in args.numeric_cols and np.isnan(read_numbers(frame[name], args)).all():
-            fail(f"{args.data}: no value of column {name!r} reads as a number (--numeric_cols)")
     if "time" not in kinds.values() and {"year", "month"} <= {name.lower() for name in parts}:
         kinds.update(dict.fromkeys(parts, "time"))          # a year alone is a number
     if not {"numeric", "categorical"} & set(kinds.values()):
