@@ -636,27 +636,6 @@ def scaled_numbers(table):
     return pd.DataFrame(table.numeric.masked_fill(missing, np.nan).numpy(), columns=table.schema.numeric)
 
 
-def spell(table, name, values, text, args, forecast):
-    """Scaled values or ids, (n,), as n texts as their column has them: with its decimals, within what it was
-    (a forecast: not below 0 where it never is), whole where it is whole; categories as it spells them."""
-    schema = table.schema
-    seen = table.observed[:, (schema.numeric + schema.categorical).index(name)].numpy()
-    if name in schema.categorical:
-        words = schema.vocabulary[schema.categorical.index(name)]
-        return np.array(["", "", *words], dtype=object)[values.long().numpy()]
-    own = text[name].iloc[table.keys.index[seen]].str.strip()                   # the column's own cells
-    j = schema.numeric.index(name)
-    x = values.double().numpy() * schema.scale[j] + schema.center[j]    # in own units
-    numbers = read_numbers(own, args)
-    low = numbers.min()                                     # of this file, train rows or not
-    high = numbers.max()
-    if forecast:
-        low = 0.0 if low >= 0 else -np.inf
-        high = np.inf
-    x = np.clip(x, low, high)
-    return number_text(x, own, args)
-
-
 def number_text(x, own, args):
     """Numbers (n,) as n texts in the manner of `own`, a Series of text: its decimals, whole where it is."""
     decimals = own.str.extract(rf"{re.escape(args.decimal)}(\d+)(?:[eE].*)?$", expand=False).fillna("")
@@ -671,10 +650,26 @@ def number_text(x, own, args):
 
 def write_cells(target, rows, name, said, table, text, args, forecast=False):
     """Write the cells of a column into these rows of `target`, a DataFrame of text; return them as lines of
-    --intervals. said (4, n): values, low ends, high ends and probabilities, see model.Prediction.interval."""
-    value, low, high = [spell(table, name, values, text, args, forecast) for values in said[:3]]  # (n,)
-    target.iloc[rows, target.columns.get_loc(name)] = value
-    lines = pd.DataFrame({"row": rows, "column": name, "value": value, "low": low, "high": high})
+    --intervals. said (4, n): values, low ends, high ends and probabilities, see model.Prediction.interval.
+    Numbers are within what the column was (a forecast: not below 0 where it never is), in its manner."""
+    schema = table.schema
+    if name in schema.categorical:
+        words = schema.vocabulary[schema.categorical.index(name)]
+        cells = np.array(["", "", *words], dtype=object)[said[:3].long().numpy()]       # (3, n), as all here
+    else:
+        j = schema.numeric.index(name)
+        seen = table.keys.index[table.observed[:, j].numpy()]
+        own = text[name].iloc[seen].str.strip()             # of this file, train rows or not
+        x = said[:3].double().numpy() * schema.scale[j] + schema.center[j]      # in own units
+        numbers = read_numbers(own, args)
+        low = numbers.min()
+        high = numbers.max()
+        if forecast:
+            low = 0.0 if low >= 0 else -np.inf
+            high = np.inf
+        cells = [number_text(values, own, args) for values in np.clip(x, low, high)]
+    target.iloc[rows, target.columns.get_loc(name)] = cells[0]
+    lines = pd.DataFrame({"row": rows, "column": name, "value": cells[0], "low": cells[1], "high": cells[2]})
     return lines.assign(probability=said[3].numpy().round(3))
 
 
