@@ -1126,21 +1126,18 @@ def show(schema, batch):
 
 def hole_runs(table):
     """For each column the number of holes in the train rows, and of runs of them, two (F,)."""
-    holes = 0
-    runs = 0
+    sequences = []
     for start, end in table.segments["train"].tolist():
-        hole = (~table.observed[start:end]).int()           # (rows, F)
-        holes = holes + hole.sum(dim=0)
-        runs = runs + hole[:1].sum(dim=0) + (hole.diff(dim=0) > 0).sum(dim=0)   # where one begins
-    return holes, runs
+        hole = (~table.observed[start:end]).char()
+        sequences.append(torch.nn.functional.pad(hole, (0, 0, 1, 0)))   # a row without holes before each
+    hole = torch.cat(sequences)                             # (rows + S, F), 1 = a hole
+    return hole.sum(dim=0), (hole.diff(dim=0) > 0).sum(dim=0)   # a run begins where 1 follows 0
 
 
 def default_span(table):
     """Mean rows of a run of holes in the train rows, at most T / 4; 12 where there are too few to tell."""
     learnt = torch.tensor(table.schema.learnt)              # a column without values has no runs
-    holes, runs = hole_runs(table)
-    holes = int(holes[learnt].sum())
-    runs = int(runs[learnt].sum())
+    holes, runs = [int(count[learnt].sum()) for count in hole_runs(table)]
     span = 12.0 if runs < 20 else holes / runs              # a few runs say little
     return max(1.0, min(span, table.seq_len / 4))
 
