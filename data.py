@@ -463,22 +463,19 @@ def read_columns(frame, columns, args):
         patterns = guess_patterns(words)
     some = words.iloc[::1 + len(words) // 100]              # a quick look spares most of the patterns
     patterns = [p for p in patterns if parse_stamps(some, p).notna().all()]
-    best = None
-    best_stamps = None
-    least = np.inf
+    read = {}                                               # pattern -> stamps
+    uneven = {}                                             # pattern -> share of its steps
     for pattern in patterns:
         stamps = parse_stamps(text, pattern)
-        if stamps.count() < len(words):                     # some do not read so
-            continue
-        steps = stamps.drop_duplicates().sort_values().diff().dropna().astype("int64")  # in any unit
-        uneven = ((steps / steps.median() - 1).abs() > 0.15).mean()     # months differ
-        if uneven == least and not stamps.equals(best_stamps):          # twelve days, or twelve months
+        if stamps.count() == len(words):                    # all read so
+            steps = stamps.drop_duplicates().sort_values().diff().dropna().astype("int64")  # in any unit
+            read[pattern] = stamps
+            uneven[pattern] = ((steps / steps.median() - 1).abs() > 0.15).mean()    # months differ
+    best = min(read, key=uneven.get, default=None)
+    for pattern, stamps in read.items():                    # twelve days, or twelve months
+        if uneven[pattern] == uneven[best] and not stamps.equals(read[best]):
             fail(f"{args.data}: {columns} reads as {best!r} and as {pattern!r}: which one? --time_format")
-        if best is None or uneven < least:
-            best = pattern
-            best_stamps = stamps
-            least = uneven
-    return best, best_stamps
+    return best, read.get(best)
 
 
 def read_time(frame, kinds, args):
