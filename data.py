@@ -893,12 +893,9 @@ def print_errors(title, errors, schema, cases=None):
     accuracy = 1 - mean_errors(errors, schema.categorical, "absolute", "case")
     for means, heading in ((mse, "mean squared error, scaled"), (accuracy, "accuracy of categories")):
         print_table(f"{title}: {heading}", means[cases or list(means)].assign(mean=means.mean(axis=1)))
-    kept = {}                                               # for results.json
-    for method in mse.index:
-        rows = pd.DataFrame({"mse": mse.loc[method], "mae": mae.loc[method]})
-        rows["accuracy"] = accuracy.loc[method]
-        kept[method] = rows.astype(object).where(rows.notna(), None).to_dict("list")    # json knows no NaN
-    return kept
+    kept = pd.concat({"mse": mse, "mae": mae, "accuracy": accuracy})    # a line a measure and method
+    kept = kept.astype(object).where(kept.notna(), None)                # for results.json: it knows no NaN
+    return {method: kept.xs(method, level=1).T.to_dict("list") for method in mse.index}
 
 
 def own_errors(errors, schema):
