@@ -257,21 +257,20 @@ def split_rows(lengths, args, schema=None):
     if len(lengths) > 2:
         # not the first groups to train on: files are sorted, and the last wells are the newest
         mixed = np.random.default_rng(0).permutation(len(lengths))
-        a, b, c = split_ends(len(lengths), "groups", args)
-        segments = {"train": whole[mixed[:a]], "val": whole[mixed[a:b]], "test": whole[mixed[b:c]]}
+        ends = split_ends(len(lengths), "groups", args)
+        train, val, test, _ = [whole[own] for own in np.split(mixed, ends)]     # _: --split left them out
     else:
         ends = np.array([[0, *split_ends(n, "rows", args)] for n in lengths])   # of a group's own parts
         ends = torch.from_numpy(ends) + whole[:, :1]                            # (groups, 4)
-        segments = {"train": ends[:, 0:2], "val": ends[:, 1:3], "test": ends[:, 2:4]}
+        train, val, test = ends.unfold(1, 2, 1).unbind(1)                       # neighbours of these
     seq_len = args.seq_len
     if not schema:                                          # a checkpoint has its own T
-        seq_len = min(seq_len, int(segments["train"].diff(dim=1).max()))
+        seq_len = min(seq_len, int(train.diff(dim=1).max()))
     if len(lengths) <= 2:
         early = torch.tensor([seq_len, 0])                  # a start may move, an end may not
-        for name in ("val", "test"):
-            segments[name] = torch.maximum(segments[name] - early, whole[:, :1])  # not into another group
-    segments["all"] = whole
-    return seq_len, segments
+        val = torch.maximum(val - early, whole[:, :1])      # not into another group
+        test = torch.maximum(test - early, whole[:, :1])
+    return seq_len, {"train": train, "val": val, "test": test, "all": whole}
 
 
 # ---- files, and the kinds of their columns
