@@ -617,11 +617,8 @@ def read_text(table, args):
     text = read_raw(args, dtype=str, keep_default_na=False).astype("string").fillna("")
     text.columns = list(table.kinds)                        # as the Table calls them
     if args.regular:
-        absent = table.keys.index >= len(text)
-        before = np.where(absent, 0, np.arange(len(absent)))
-        before = np.maximum.accumulate(before)              # the last row of the file, in order of time
-        rows = new_rows(table, text, before[absent], table.keys["time"][absent], args)  # of their group
-        text = pd.concat([text, rows]).iloc[table.keys.index]
+        absent = table.keys[table.keys.index >= len(text)]
+        text = pd.concat([text, new_rows(table, text, absent, args)]).iloc[table.keys.index]
         table.keys = table.keys.reset_index(drop=True)      # from here on that is the file
     return text
 
@@ -678,42 +675,42 @@ def stamp_text(stamps, pattern, manner):
     return stamps.dt.strftime(pattern).str.replace(*manner, regex=True)
 
 
-def new_rows(table, text, like, stamps, args):
-    """Rows of text with the time alone, `stamps`, a Series, as the file writes it, and the group, as in the
-    rows `like` of the table."""
-    rows = text.iloc[table.keys.index[like]].copy()
-    rows.loc[:, [name for name in text if table.kinds[name] != "group"]] = ""
+def new_rows(table, text, keys, args):
+    """Rows of text with the group and the time alone, those of `keys` (see Table), as the file writes them."""
+    rows = pd.DataFrame("", keys.index, text.columns)
+    if args.group_col:
+        rows[args.group_col] = keys["group"]
     known = table.keys["time"].dropna()
     known = known[known.index < len(text)]                  # rows of the file, not those of --regular
     patterns = table.pattern.rsplit(" ", len(table.time_columns) - 1)   # one for each column
     for name, pattern in zip(table.time_columns, patterns):
         own = text[name].iloc[known.index].str.strip().set_axis(known.index)    # as the file writes them
         if pattern == "as it is":
-            rows[name] = number_text(stamps.to_numpy(np.float64), own, args)
+            rows[name] = number_text(keys["time"].to_numpy(np.float64), own, args)
         else:
             fitting = [manner for manner in MANNERS if (stamp_text(known, pattern, manner) == own).all()]
             if not fitting:
                 fail(f"{args.data}: {name} is read as {pattern!r} and not written so (such as "
                      f"{own.iloc[-1]!r}): --time_format, or a column in one format")
-            rows[name] = stamp_text(stamps, pattern, fitting[0]).to_numpy()
+            rows[name] = stamp_text(keys["time"], pattern, fitting[0])
     return rows
 
 
 def next_rows(table, text, steps, args):
     """The `steps` rows that come next in each sequence, see new_rows; their clock (sequences, steps, C)."""
-    stamps = []
+    coming = []
     groups = table.keys["time"].groupby(table.keys["group"])
     longest = max((own for _, own in groups), key=len)      # tells the step of those of a few rows
-    for _, own in groups:
+    for name, own in groups:
         step = time_step(own if len(own) > 3 else longest, table.keys["time"])
         if step != step or own.nunique() <= len(own) / 2:
             fail(f"{args.data}: --forecast cannot go on from {' '.join(table.time_columns)!r}, whose step is "
                  f"{step}: uneven months? Which column tells sequences (--group_col) or hours (--time_col)?")
-        stamps += [own.iloc[-1] + step * (ahead + 1) for ahead in range(steps)]  # months differ in length
-    stamps = pd.Series(stamps)                              # sequence after sequence
-    last = np.repeat(table.segments["all"][:, 1].numpy() - 1, steps)    # whose group they carry on
-    clock = time_features(stamps, table.schema.cycles, args)
-    return new_rows(table, text, last, stamps, args), clock.unflatten(0, (-1, steps))
+        stamps = [own.iloc[-1] + step * (ahead + 1) for ahead in range(steps)]  # months differ in length
+        coming.append(pd.DataFrame({"group": name, "time": stamps}))
+    keys = pd.concat(coming, ignore_index=True)             # sequence after sequence
+    clock = time_features(keys["time"], table.schema.cycles, args)
+    return new_rows(table, text, keys, args), clock.unflatten(0, (-1, steps))
 
 
 def write_text(path, text, lines, args):
