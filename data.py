@@ -814,21 +814,20 @@ def simulate_planets(n_systems=3000, seed=0):
     e = rng.uniform(0, 0.1, (5, n))
     start = rng.uniform(0, 2 * np.pi, (5, n)) * (rng.random(n) >= 0.3)                  # 30 %: all at +x
     system = np.repeat(np.arange(n), rows)                      # of each row of the table
+    here, a, m, e, start = [x[:, system] for x in (here, a, m, e, start)]   # (5, rows), as what follows
     frame = pd.DataFrame({"idx": system})
     frame["time_step"] = frame.groupby("idx").cumcount()
     step = rng.uniform(15, 24, n) / (rows - 1)                  # a planet at distance 1 goes round in 2 pi
     time = step[system] * frame["time_step"].to_numpy()     # of each row, not in the table
+    mean = start + time * np.sqrt((1 + 1e-5 * m) / a ** 3)
+    angle = mean                                            # Kepler's equation: angle - e sin(angle) = mean
+    for _ in range(5):                                          # by Newton's method
+        angle = angle - (angle - e * np.sin(angle) - mean) / (1 - e * np.cos(angle))
+    x = a * (np.cos(angle) - e)
+    y = a * np.sqrt(1 - e ** 2) * np.sin(angle)
     for i in range(5):
-        axis = a[i, system]                                 # (rows,), as all that follows
-        ecc = e[i, system]
-        mean = start[i, system] + time * np.sqrt((1 + 1e-5 * m[i, system]) / axis ** 3)
-        angle = mean                                        # Kepler's equation: angle - e sin(angle) = mean
-        for _ in range(5):                                      # by Newton's method
-            angle = angle - (angle - ecc * np.sin(angle) - mean) / (1 - ecc * np.cos(angle))
-        planet = {"x": axis * (np.cos(angle) - ecc), "y": axis * np.sqrt(1 - ecc ** 2) * np.sin(angle),
-                  "m": m[i, system], "a": axis, "e": 20 * ecc}
-        for name, values in planet.items():
-            frame[f"planet{i}_{name}"] = np.where(here[i, system], values, np.nan)
+        for name, values in {"x": x, "y": y, "m": m, "a": a, "e": 20 * e}.items():
+            frame[f"planet{i}_{name}"] = np.where(here[i], values[i], np.nan)
     frame["total_mass"] = frame.filter(regex="planet._m").sum(axis=1)
     frame["n_planets"] = pd.Series(count[system]).astype(str) + "_planets"
     for name in "xy":
