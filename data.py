@@ -1165,16 +1165,14 @@ def find_hints(table, args):
     for name, ratio in table.unlike.items():
         if ratio > 30:
             hints.append(f"{name} varies {ratio:.0f} times more in some groups: give each a file?")
-    for name, words in zip(schema.categorical, schema.vocabulary):
+    for name, words, ids in zip(schema.categorical, schema.vocabulary, table.categorical.T):
         digits = pd.Series(words, dtype=str).str.fullmatch(r"\D{0,2}\d[\d.,'\s]*\D?")
-        if len(words) > 20 and digits.mean() > 0.9 and name not in args.categorical_cols:
+        if (ids == UNK_ID).sum() > (ids > UNK_ID).sum():
+            hints.append(f"{name}: most of its texts are none that was trained on: spelt otherwise?")
+        elif len(words) > 20 and digits.mean() > 0.9 and name not in args.categorical_cols:
             hints.append(f"{name}: are its texts numbers (such as {words[0]})? --numeric_cols, --decimal")
         elif len(words) > 20 and len(words) > len(table.observed) / 4:
             hints.append(f"{name}: {len(words)} texts, nearly each another: --drop_cols {name}?")
-    for k, name in enumerate(schema.categorical):
-        ids = table.categorical[:, k]
-        if (ids == UNK_ID).sum() > (ids > UNK_ID).sum():
-            hints.append(f"{name}: most of its texts are none that was trained on: spelt otherwise?")
     for name, kind in table.kinds.items():
         if "distinct" in kind:
             hints.append(f"{name}: {kind}")
@@ -1189,16 +1187,15 @@ def describe(table, args):
     stamps = table.keys["time"]
     holes, runs = hole_runs(table)
     numbers = scaled_numbers(table).agg(["min", "mean", "max"]) * schema.scale + schema.center
-    lines = pd.DataFrame(index=schema.numeric + schema.categorical)
-    lines["kind"] = [table.kinds[name] for name in lines.index]
+    kinds = pd.Series(table.kinds)
+    lines = kinds[schema.numeric + schema.categorical].to_frame("kind")
     lines["holes"] = [f"{share:.1%}" for share in 1 - table.observed.double().mean(dim=0)]
     lines["mean run"] = [f"{length:.1f}" for length in holes / runs.clamp(min=1)]
     values = [f"{low:.4g} to {high:.4g}, mean {mean:.4g}" for low, mean, high in numbers.T.to_numpy()]
     lines["values"] = values + [", ".join(words[:6]) for words in schema.vocabulary]
     print(f"{args.data}: {len(table.observed):,} rows, clock: {', '.join(schema.cycles) or 'none'}")
     print(lines.to_string(max_rows=14, max_colwidth=70))
-    others = {name: kind for name, kind in table.kinds.items() if name not in lines.index}  # not learnt
-    print("other columns:", others or "none")
+    print("other columns:", kinds.drop(lines.index).to_dict() or "none")     # which are not learnt
     if table.time_columns:
         absent, repeated = absent_steps(table)
         print(f"time: {' '.join(table.time_columns)} ({table.pattern}), {stamps.min()} to {stamps.max()}, "
