@@ -936,8 +936,6 @@ def draw_windows(path, schema, batch, asked, guesses, band):
     center = torch.tensor(schema.center)
     observed = batch.observed[..., :len(names)]
     asked = asked[..., :len(names)] & observed              # what has no truth is not drawn
-    layers = {"seen": batch.numeric.masked_fill(asked | ~observed, np.nan),     # NaN is not drawn
-              "truth": batch.numeric.masked_fill(~asked, np.nan)}
     planes = [(names.index(name[:-1] + "x"), j) for j, name in enumerate(names)
               if name.endswith("_y") and name[:-1] + "x" in names]
     if planes:                                              # the rivals would hide the orbits
@@ -945,11 +943,12 @@ def draw_windows(path, schema, batch, asked, guesses, band):
         panels = [(b, planes) for b in range(len(asked))]   # a window each
         figure, axes = new_figure(path, 1, len(panels), (9, 3.2))
     else:
-        spread = (batch.numeric[0].amax(dim=0) - batch.numeric[0].amin(dim=0)) * asked[0].sum(dim=0)    # (N,)
-        panels = [(0, [(None, j)]) for j in spread.argsort(descending=True)[:4].tolist()]
+        moves = np.ptp(batch.numeric[0].numpy(), axis=0) * asked[0].numpy().sum(axis=0)     # (N,)
+        panels = [(0, [(None, j)]) for j in (-moves).argsort()[:4].tolist()]
         figure, axes = new_figure(path, max(1, len(panels)), 1, (9, 1 + 1.7 * len(panels)))
-    for method, numbers in guesses.items():
-        layers[method] = numbers.masked_fill(~asked, np.nan)        # where they were asked
+    layers = {"seen": batch.numeric.masked_fill(asked | ~observed, np.nan)}     # NaN is not drawn
+    for method, numbers in {"truth": batch.numeric, **guesses}.items():
+        layers[method] = numbers.masked_fill(~asked, np.nan)        # where it was asked
     for axis, (b, curves) in zip(axes, panels):
         for method, numbers in layers.items():
             own = numbers[b] * scale + center               # (T, N)
