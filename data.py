@@ -401,9 +401,8 @@ def read_numbers(column, args, largest=SENTINEL):
     if not is_numeric_dtype(column):
         column = column.str.replace(args.thousands or "\0", "", regex=False)    # first: it may be a point
         column = column.str.replace(args.decimal, ".", regex=False)
-    x = pd.to_numeric(column, errors="coerce").to_numpy(dtype=np.float64, na_value=np.nan, copy=True)
-    x[~(np.abs(x) <= largest)] = np.nan                     # `not <=` catches nan, inf and sentinel in one go
-    return x
+    x = pd.to_numeric(column, errors="coerce").astype(np.float64)
+    return x.where(x.abs() <= largest).to_numpy()           # nan, inf and a sentinel are not <=
 
 
 # ---- time
@@ -483,7 +482,7 @@ def read_time(frame, kinds, args):
     if (args.time_format or args.regular) and not columns:
         fail(f"{args.data}: no column looks like time, for --time_format or --regular: --time_col says which")
     if not columns:                                         # the number of the row; a blank row has none
-        number = pd.Series(np.arange(len(frame), dtype=float), frame.index)     # a row a step
+        number = frame.index.to_series().astype(float)      # a row a step
         blank = frame.isna().all(axis=1) & (frame.shape[1] > 1)
         return [], "as it is", number.mask(blank)
     first = frame[columns[0]]
@@ -638,7 +637,7 @@ def number_text(x, own, args):
         whole = decimals.str.strip("0").eq("").all()        # 3 and 3.00, never 3.25
         x = np.round(x, 0 if whole else digits) + 0.0       # no -0.0
         form = f".{digits}f"
-    return np.array([format(value, form).replace(".", args.decimal) for value in x], dtype=object)
+    return [format(value, form).replace(".", args.decimal) for value in x]
 
 
 def write_cells(target, rows, name, said, table, text, args, forecast=False):
@@ -826,7 +825,7 @@ def simulate_planets(n_systems=3000, seed=0):
     x = a * (np.cos(angle) - e)
     y = a * np.sqrt(1 - e ** 2) * np.sin(angle)
     for i in range(5):
-        for name, values in {"x": x, "y": y, "m": m, "a": a, "e": 20 * e}.items():
+        for name, values in zip("xymae", [x, y, m, a, 20 * e]):
             frame[f"planet{i}_{name}"] = np.where(here[i], values[i], np.nan)
     frame["total_mass"] = frame.filter(regex="planet._m").sum(axis=1)
     frame["n_planets"] = pd.Series(count[system]).astype(str) + "_planets"
@@ -1096,8 +1095,7 @@ def tiny_batch():
     args = make_parser(None, "data", "tiny").parse_args("--group_col room --seq_len 2 --split 2 1 1".split())
     table = load_table(args, tiny_table())
     table.seq_len = 6                                       # a window holds a room
-    table.segments["train"] = table.segments["all"]
-    return table, table.batch(table.starts("train", 6))
+    return table, table.batch(table.starts("all", 6))
 
 
 def show(schema, batch):
