@@ -933,33 +933,32 @@ def draw_windows(path, schema, batch, asked, guesses, band):
     names = schema.numeric                                  # categories are not drawn
     scale = torch.tensor(schema.scale)
     center = torch.tensor(schema.center)
+    rows = torch.arange(batch.numeric.shape[1])
     observed = batch.observed[..., :len(names)]
     asked = asked[..., :len(names)] & observed              # what has no truth is not drawn
-    planes = [(names.index(name[:-1] + "x"), j) for j, name in enumerate(names)
-              if name.endswith("_y") and name[:-1] + "x" in names]
-    if planes:                                              # the rivals would hide the orbits
+    across = [j for j, name in enumerate(names) if name.endswith("_x") and name[:-1] + "y" in names]
+    up = [names.index(names[j][:-1] + "y") for j in across]
+    if up:                                                  # the rivals would hide the orbits
         guesses = {"model": guesses["model"]}
-        panels = [(b, planes) for b in range(len(asked))]   # a window each
+        panels = [(b, across, up) for b in range(len(asked))]       # a window each, with all its planets
         figure, axes = new_figure(path, 1, len(panels), (9, 3.2))
     else:
         moves = np.ptp(batch.numeric[0].numpy(), axis=0) * asked[0].numpy().sum(axis=0)     # (N,)
-        panels = [(0, [(None, j)]) for j in (-moves).argsort()[:4].tolist()]
+        panels = [(0, -1, j) for j in (-moves).argsort()[:4]]       # -1: over the row, the last column below
         figure, axes = new_figure(path, max(1, len(panels)), 1, (9, 1 + 1.7 * len(panels)))
     layers = {"seen": batch.numeric.masked_fill(asked | ~observed, np.nan)}     # NaN is not drawn
     for method, numbers in {"truth": batch.numeric, **guesses}.items():
         layers[method] = numbers.masked_fill(~asked, np.nan)        # where it was asked
-    for axis, (b, curves) in zip(axes, panels):
+    for axis, (b, x, y) in zip(axes, panels):
         for method, numbers in layers.items():
-            own = numbers[b] * scale + center               # (T, N)
-            for x, y in curves:
-                across = range(len(own)) if x is None else own[:, x]    # rows, or places
-                axis.plot(across, own[:, y], MARKS.get(method, "x"), color=COLORS[method], ms=5, mfc="none",
-                          label=method if y == curves[0][1] else None)
-        if planes:
+            own = torch.column_stack([numbers[b] * scale + center, rows])       # (T, N + 1)
+            axis.plot(own[:, x].flatten(), own[:, y].flatten(), MARKS.get(method, "x"), label=method,
+                      color=COLORS[method], ms=5, mfc="none")
+        if up:
             axis.set(aspect="equal")                        # a circle looks like one
         else:
             low, high = band[:, b, :, y] * scale[y] + center[y]
-            axis.fill_between(range(len(low)), low, high, asked[b, :, y], color=COLORS["model"], alpha=0.2)
+            axis.fill_between(rows, low, high, asked[b, :, y], color=COLORS["model"], alpha=0.2)
             axis.set(ylabel=names[y].replace("$", r"\$"))                       # no TeX
     if figure:
         figure.legend(*axes[0].get_legend_handles_labels(), ncols=6, loc="outside upper left", frameon=False)
