@@ -344,7 +344,7 @@ def read_cells(frame, kinds, args):
     missing = pd.to_numeric(pd.Series(args.na_values, dtype=str), errors="coerce")
     for name in numeric:
         x = read_numbers(frame[name], args)
-        cells.loc[:, name] = np.where(np.isin(x, missing), np.nan, x)   # -999 is -999.00 as well
+        cells.loc[:, name] = x.mask(x.isin(missing))        # -999 is -999.00 as well
     for name in categorical:
         cells[name] = frame[name].astype("string")
     return cells
@@ -386,7 +386,7 @@ def infer_kind(column, args):
         return "dropped: a second time column" if args.time_col else "time"
     # 007 is no number, for it is not 7, but one 00 is dirt; a "Bad" among numbers is a missing number
     is_code = not is_numeric_dtype(words) and words.str.fullmatch(r"0\d+").sum() > 0.01 * len(words)
-    if not is_code and np.isnan(read_numbers(words, args, np.inf)).sum() <= 0.1 * len(words):
+    if not is_code and read_numbers(words, args, np.inf).isna().sum() <= 0.1 * len(words):
         return "numeric"
     named = re.search(NAMED_TIME, str(column.name)) and not args.time_col   # such as Datum: 3. Mai 24
     if named and words.nunique() > len(words) / 2 and words.astype(str).str.contains(r"\d").all():
@@ -402,7 +402,7 @@ def read_numbers(column, args, largest=SENTINEL):
         column = column.str.replace(args.thousands or "\0", "", regex=False)    # first: it may be a point
         column = column.str.replace(args.decimal, ".", regex=False)
     x = pd.to_numeric(column, errors="coerce").astype(np.float64)
-    return x.where(x.abs() <= largest).to_numpy()           # nan, inf and a sentinel are not <=
+    return x.where(x.abs() <= largest)                      # nan, inf and a sentinel are not <=
 
 
 # ---- time
@@ -486,7 +486,7 @@ def read_time(frame, kinds, args):
         blank = frame.isna().all(axis=1) & (frame.shape[1] > 1)
         return [], "as it is", number.mask(blank)
     first = frame[columns[0]]
-    numbers = pd.Series(read_numbers(first, args), first.index)
+    numbers = read_numbers(first, args)
     is_number = numbers.count() == first.count() and not looks_like_time(first.rename("time"))
     if len(columns) == 1 and is_number and not args.time_format:
         return columns, "as it is", numbers.round(9)        # 20.099999999999998 is 20.1
