@@ -556,7 +556,7 @@ def even_keys(keys):
         if is_dense and isinstance(first, pd.Timestamp):
             own = pd.date_range(first, last, freq=step)     # what steps of this kind would be
         elif is_dense:
-            own = np.round(first + step * np.arange(1 + round((last - first) / step)), 9)
+            own = np.linspace(first, last, 1 + round((last - first) / step)).round(9)
         every.append(pd.DataFrame({"group": name, "time": own}))
     return known, pd.concat(every)
 
@@ -646,8 +646,8 @@ def write_cells(target, rows, name, said, table, text, args, forecast=False):
     Numbers are within what the column was (a forecast: not below 0 where it never is), in its manner."""
     schema = table.schema
     if name in schema.categorical:
-        words = schema.vocabulary[schema.categorical.index(name)]
-        cells = np.array(["", "", *words], dtype=object)[said[:3].long().numpy()]       # (3, n), as all here
+        words = ["", "", *schema.vocabulary[schema.categorical.index(name)]]    # by their ids
+        cells = np.array(words, dtype=object)[said[:3].long().numpy()]      # (3, n), as all here
     else:
         j = schema.numeric.index(name)
         seen = table.keys.index[table.observed[:, j].numpy()]
@@ -839,8 +839,8 @@ def tiny_table():
     """Ten rows that fit on a screen: two rooms, two numeric columns, one category, a few holes."""
     return pd.DataFrame({
         "room": ["a"] * 6 + ["b"] * 4,
-        "celsius": [20.0, 21.0, np.nan, 23.0, 22.0, 21.5, 17.0, 17.5, 18.5, np.nan],
-        "humidity": [40.0, 42.0, 43.0, np.nan, np.nan, 44.0, 55.0, 54.0, np.nan, 51.0],
+        "celsius": [20.0, 21.0, None, 23.0, 22.0, 21.5, 17.0, 17.5, 18.5, None],
+        "humidity": [40.0, 42.0, 43.0, None, None, 44.0, 55.0, 54.0, None, 51.0],
         "door": ["shut", "shut", "open", "open", None, "shut", "open", "open", "shut", "shut"]})
 
 
@@ -1101,11 +1101,11 @@ def show(schema, batch):
     """A Batch as text, a block a window: "?" where `observed` is False, "pad" beyond `valid`."""
     blocks = []
     for b, valid in enumerate(batch.valid):
-        numbers = pd.DataFrame(batch.numeric[b].numpy().round(2), columns=schema.numeric).astype(object)
-        ids = pd.DataFrame(batch.categorical[b].numpy(), columns=schema.categorical).astype(object)
-        cells = numbers.join(ids).where(batch.observed[b].numpy(), "?")     # (T, F)
-        cells[~valid.numpy()] = "pad"
-        blocks.append(f"window {b}\n{cells.to_string()}")
+        cells = torch.cat([batch.numeric[b], batch.categorical[b]], dim=-1).numpy()     # (T, F)
+        text = pd.DataFrame(cells, columns=schema.numeric + schema.categorical).map("{:.3g}".format)
+        text = text.where(batch.observed[b].numpy(), "?")
+        text[~valid.numpy()] = "pad"
+        blocks.append(f"window {b}\n{text.to_string()}")
     return "\n".join(blocks)
 
 
