@@ -240,9 +240,8 @@ def split_ends(n, what, args):
     """--split -> after how many of n rows (or groups) train, val and test end."""
     counts = args.split                                     # --split 8640 2880 2880: as they are
     if sum(args.split) <= 1 + 1e-6:                         # fractions; of a few groups none gets nothing
-        val = max(1, round(n * args.split[1]))
-        test = max(1, round(n * args.split[2]))
-        counts = [max(1, round(n * sum(args.split)) - val - test), val, test]
+        counts = [max(1, round(n * share)) for share in args.split]
+        counts[0] = max(1, round(n * sum(args.split)) - sum(counts[1:]))        # train is the rest
     if min(counts) < 1 or sum(counts) > n or any(count % 1 for count in counts):
         fail(f"{args.data}: --split {args.split} does not fit its {n} {what}, at least one for each part")
     return np.cumsum(counts).astype(int)
@@ -306,7 +305,7 @@ def read_raw(args, **options):
     except FileNotFoundError:
         fail(f"{args.data}: no such file (--data takes a path or one of: {', '.join(SIMULATIONS)})")
     except Exception as e:      # foreign files raise anything: half a .gz, another encoding, no pyarrow ...
-        why = (str(e).strip().splitlines() or [type(e).__name__])[0]
+        why = f"{type(e).__name__}: {e}".splitlines()[0]
         fail(f"{args.data}: pandas cannot read this table ({why}); see --sep, --encoding and --skiprows")
 
 
@@ -319,8 +318,8 @@ def read_frame(args):
     texts = [*args.time_col, args.group_col, *args.categorical_cols]
     for name in head:
         words = head[name].dropna()                         # whole numbers of one width: codes? None yet?
-        is_plain = not words.str.fullmatch(r"\d\d+").all() or words.str.len().nunique() > 1
-        if name.lower() in YMD or not is_plain or infer_kind(head[name], args) != "numeric":
+        is_code = words.str.fullmatch(r"\d\d+").all() and words.str.len().nunique() < 2
+        if name.lower() in YMD or is_code or infer_kind(head[name], args) != "numeric":
             texts.append(name)
     frame = read_raw(args, dtype=dict.fromkeys(texts, str), na_values=missing, decimal=args.decimal,
                      thousands=args.thousands)
@@ -369,11 +368,11 @@ def infer_kinds(frame, args):
             if name not in kinds:
                 fail(f"{args.data}: there is no column {name!r}; it has {', '.join(list(kinds)[:12])}")
             kinds[name] = kind
-    parts = [name for name in kinds if name.lower() in YMD and kinds[name] is None]
+    parts = {name.lower(): name for name in kinds if name.lower() in YMD and kinds[name] is None}
     for name in kinds:
         kinds[name] = kinds[name] or infer_kind(frame[name], args)  # a flag has said it, or its values
-    if "time" not in kinds.values() and {"year", "month"} <= {name.lower() for name in parts}:
-        kinds.update(dict.fromkeys(parts, "time"))          # a year alone is a number
+    if "time" not in kinds.values() and {"year", "month"} <= parts.keys():
+        kinds.update(dict.fromkeys(parts.values(), "time"))     # a year alone is a number
     if not {"numeric", "categorical"} & set(kinds.values()):
         fail(f"{args.data}: no usable column: no numbers or categories beside time and group")
     return kinds
@@ -654,12 +653,11 @@ def write_cells(target, rows, name, said, table, text, args, forecast=False):
         own = text[name].iloc[seen].str.strip()             # of this file, train rows or not
         x = said[:3].double().numpy() * schema.scale[j] + schema.center[j]      # in own units
         numbers = read_numbers(own, args)
-        low = numbers.min()
-        high = numbers.max()
-        if forecast:
-            low = 0.0 if low >= 0 else -np.inf
-            high = np.inf
-        cells = [number_text(values, own, args) for values in np.clip(x, low, high)]
+        if not forecast:
+            x = x.clip(numbers.min(), numbers.max())
+        elif numbers.min() >= 0:
+            x = x.clip(0.0)
+        cells = [number_text(values, own, args) for values in x]
     target.iloc[rows, target.columns.get_loc(name)] = cells[0]
     lines = pd.DataFrame({"row": rows, "column": name, "value": cells[0], "low": cells[1], "high": cells[2]})
     return lines.assign(probability=said[3].numpy().round(3))
