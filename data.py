@@ -84,22 +84,18 @@ class Table:
     def starts(self, split, stride):
         """Windows every `stride` rows, and a last one flush with the end, so that no row of the split is left
         out: (windows, 2) int64, the first row of each and the end of its sequence."""
-        windows = []
-        for start, end in self.segments[split].tolist():
-            last = max(start, end - self.seq_len)           # a sequence shorter than T has one window
-            windows += [(row, end) for row in range(start, last, stride)]
-            windows.append((last, end))
-        return torch.tensor(windows)
+        start, end = self.segments[split].unbind(1)                             # (S,) each
+        room = (end - start - self.seq_len).clamp(min=0)    # a sequence shorter than T has one window
+        count = 1 + (room + stride - 1) // stride           # (S,), windows of each
+        sequence = torch.arange(len(count)).repeat_interleave(count)            # (windows,), of which it is
+        number = torch.arange(len(sequence)) - (count.cumsum(0) - count)[sequence]      # 0 for its first
+        row = start[sequence] + torch.minimum(number * stride, room[sequence])
+        return torch.stack([row, end[sequence]], dim=1)
 
     def sample(self, split, batch_size, generator):
         """Windows at any offset, each equally likely: (batch_size, 2), as in `starts`."""
-        start, end = self.segments[split].unbind(1)                             # (S,) each
-        n_offsets = (end - start - self.seq_len + 1).clamp(min=1)               # a short sequence has one
-        # number the offsets of all sequences, one after the other, and draw among the numbers
-        before = n_offsets.cumsum(0) - n_offsets
-        number = torch.randint(int(n_offsets.sum()), (batch_size,), generator=generator)  # (B,)
-        sequence = torch.searchsorted(before, number, right=True) - 1           # (B,)
-        return torch.stack([start[sequence] + number - before[sequence], end[sequence]], dim=1)
+        windows = self.starts(split, 1)
+        return windows[torch.randint(len(windows), (batch_size,), generator=generator)]
 
     def batch(self, windows):
         """(B, 2) windows of `starts` or `sample` -> Batch, padded on the right where a sequence ends."""
