@@ -21,7 +21,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 import torch
-from pandas.api.types import is_datetime64_any_dtype, is_numeric_dtype
+from pandas.api.types import is_numeric_dtype
 from pandas.tseries.api import guess_datetime_format
 from pandas.tseries.offsets import BMonthEnd, CustomBusinessDay, DateOffset, MonthEnd
 
@@ -167,13 +167,13 @@ def encode(frame, schema):
     for k, name in enumerate(schema.categorical):
         code = pd.Index(schema.vocabulary[k], dtype="str").get_indexer(frame[name])     # -1: not in train
         categorical[:, k] = np.where(frame[name].notna(), code + 2, NO_ID)          # -1 + 2 is UNK_ID
-    return torch.from_numpy(numeric), torch.from_numpy(categorical), torch.from_numpy(observed)
+    return [torch.from_numpy(cells) for cells in (numeric, categorical, observed)]
 
 
 def fit_schema(frame, stamps, is_train, args):
     """Scales, vocabularies and cycles, from the rows where is_train, (rows,) bool, is True alone."""
     numeric = frame.select_dtypes("number").columns.tolist()
-    categorical = frame.columns.difference(numeric, sort=False).tolist()
+    categorical = frame.columns.drop(numeric).tolist()
     schema = Schema(numeric, categorical, center=[], scale=[], vocabulary=[], learnt=[], cycles=[])
     for name in numeric:
         if name in args.numeric_cols and frame[name].isna().all():
@@ -195,7 +195,7 @@ def fit_schema(frame, stamps, is_train, args):
         count = count.sort_values(ascending=False, kind="stable")
         schema.vocabulary.append(count.index.tolist())
         schema.learnt.append(len(count) > 0)
-    if is_datetime64_any_dtype(stamps):
+    if hasattr(stamps, "dt"):                               # numbers of rows, for one, have no dates
         train = stamps[is_train]                            # of all groups
         seconds = (train.max() - train.min()).total_seconds()
         # a cycle that the train rows have not seen twice tells dates apart, and is learnt by heart
@@ -207,8 +207,8 @@ def time_features(stamps, cycles, args):
     """Time stamps -> clock (rows, 2 * cycles) float32: sin and cos of the place in each cycle. They have no
     midnight at which they jump, as hours from 0 to 23 do."""
     clock = np.zeros((len(stamps), 2 * len(cycles)), np.float32)
-    if cycles and not is_datetime64_any_dtype(stamps):
-        fail(f"{args.data}: it has no time stamps, which the checkpoint was trained with (--time_col)")
+    if cycles and not hasattr(stamps, "dt"):
+        fail(f"{args.data}: no time stamps, which the checkpoint was trained with (--time_col)")
     for i, cycle in enumerate(cycles):
         midnight = pd.Timestamp("2000-01-01", tz=stamps.dt.tz)      # any: the place in a cycle counts
         angle = 2 * np.pi * (stamps - midnight).dt.total_seconds().fillna(0) / CYCLES[cycle]
@@ -326,7 +326,7 @@ def read_frame(args):
     if frame.shape[1] == 1 and re.search("[;|\t]", frame.columns[0]):
         fail(f"{args.data}: one column called {frame.columns[0]!r}: another separator? --sep ';'")
     if not isinstance(head.index, pd.RangeIndex):           # pandas takes the first cells for names of rows
-        fail(f"{args.data}: its rows have more cells than its header has names: name each column, or "
+        fail(f"{args.data}: its rows have more cells than its header: name each column, or "
              "leave out the lines above it (--skiprows 0 1)")
     return frame
 
@@ -335,7 +335,7 @@ def read_cells(frame, kinds, args):
     """The columns to learn: numbers as float64, categories as text, NaN where there is no value."""
     numeric = [name for name in kinds if kinds[name] == "numeric"]
     categorical = [name for name in kinds if kinds[name] == "categorical"]
-    cells = pd.DataFrame(np.zeros((len(frame), len(numeric)), order="F"), frame.index, numeric)  # one block
+    cells = pd.DataFrame(index=frame.index, columns=numeric, dtype=np.float64)      # one block
     missing = pd.to_numeric(pd.Series(args.na_values, dtype=str), errors="coerce")
     for name in numeric:
         x = read_numbers(frame[name], args)
@@ -364,7 +364,7 @@ def infer_kinds(frame, args):
             if name not in kinds:
                 fail(f"{args.data}: there is no column {name!r}; it has {', '.join(list(kinds)[:12])}")
             kinds[name] = kind
-    parts = {name.lower(): name for name in kinds if name.lower() in YMD and kinds[name] is None}
+    parts = {name.lower(): name for name in kinds if name.lower() in YMD and not kinds[name]}
     for name in kinds:
         kinds[name] = kinds[name] or infer_kind(frame[name], args)  # a flag has said it, or its values
     if "time" not in kinds.values() and {"year", "month"} <= parts.keys():
@@ -529,7 +529,7 @@ def time_step(stamps, every):
 def median_steps(keys):
     """(rows,) float64: when each row was, in median steps; its number where time does not tell."""
     seconds = keys["time"].ffill()                          # rows without a stamp come last
-    if is_datetime64_any_dtype(seconds):
+    if hasattr(seconds, "dt"):
         seconds = (seconds - seconds.min()).dt.total_seconds()
     steps = seconds.groupby(keys["group"]).diff()           # from row to row, never across groups
     step = steps[steps > 0].median()                        # NaN where all rows are of one time
@@ -619,8 +619,8 @@ def read_text(table, args):
 
 def scaled_numbers(table):
     """The numeric columns as a DataFrame, NaN where there is no value."""
-    missing = ~table.observed[:, :len(table.schema.numeric)]
-    return pd.DataFrame(table.numeric.masked_fill(missing, np.nan).numpy(), columns=table.schema.numeric)
+    numbers = pd.DataFrame(table.numeric.numpy(), columns=table.schema.numeric)
+    return numbers.where(table.observed[:, :numbers.shape[1]].numpy())
 
 
 def number_text(x, own, args):
@@ -655,8 +655,8 @@ def write_cells(target, rows, name, said, table, text, args, forecast=False):
             x = x.clip(0.0)
         cells = [number_text(values, own, args) for values in x]
     target.iloc[rows, target.columns.get_loc(name)] = cells[0]
-    lines = pd.DataFrame({"row": rows, "column": name, "value": cells[0], "low": cells[1], "high": cells[2]})
-    return lines.assign(probability=said[3].numpy().round(3))
+    return pd.DataFrame({"row": rows, "column": name, "value": cells[0], "low": cells[1], "high": cells[2],
+                         "probability": said[3].numpy().round(3)})
 
 
 def stamp_text(stamps, pattern, manner):
@@ -784,7 +784,7 @@ def spoil(frame, rng):
             holes[start:start + rng.geometric(1 / 90)] = True           # a minute and a half on average
         frame[name] = frame[name].mask(holes)
     for start in rng.integers(0, n_rows, 12):                   # a frozen sensor repeats its last value
-        frame.loc[start:start + rng.geometric(1 / 180), "temp_outlet"] = frame["temp_outlet"].iloc[start]
+        frame.loc[start:start + rng.geometric(1 / 180), "temp_outlet"] = frame.at[start, "temp_outlet"]
     spikes = rng.random(n_rows) < 0.0002                    # a spike spoils a mean
     frame.loc[spikes, "pressure_out"] = 40 * rng.random(spikes.sum())           # water hammer
     frame.loc[rng.integers(0, n_rows, 15), "flow"] = -1.18e42           # how a logger says "no reading"
@@ -832,7 +832,7 @@ def simulate_planets(n_systems=3000, seed=0):
 def tiny_table():
     """Ten rows that fit on a screen: two rooms, two numeric columns, one category, a few holes."""
     return pd.DataFrame({
-        "room": ["a"] * 6 + ["b"] * 4,
+        "room": list("aaaaaabbbb"),
         "celsius": [20.0, 21.0, None, 23.0, 22.0, 21.5, 17.0, 17.5, 18.5, None],
         "humidity": [40.0, 42.0, 43.0, None, None, 44.0, 55.0, 54.0, None, 51.0],
         "door": ["shut", "shut", "open", "open", None, "shut", "open", "open", "shut", "shut"]})
@@ -902,14 +902,14 @@ MARKS = {"seen": ".", "truth": "o"}         # the rest is crosses: a line would 
 
 
 def new_figure(path, lines, columns, size):
-    """matplotlib's Figure and its axes, a list; None and no axes where there is no matplotlib."""
+    """matplotlib's Figure and its axes, (n,); None and no axes where there is no matplotlib."""
     try:
         from matplotlib.figure import Figure                # and not pyplot: files, no window
     except ImportError:
         print(f"no {path} without matplotlib: pip install matplotlib")
         return None, []
     figure = Figure(figsize=size, layout="constrained")     # makes room for labels
-    return figure, figure.subplots(lines, columns, squeeze=False).flatten().tolist()
+    return figure, figure.subplots(lines, columns, squeeze=False).flatten()
 
 
 def draw_lines(path, frame, xlabel, ylabel):
@@ -955,7 +955,7 @@ def draw_windows(path, schema, batch, asked, guesses, band):
             axis.fill_between(rows, low, high, asked[b, :, y], color=COLORS["model"], alpha=0.2)
             axis.set(ylabel=names[y].replace("$", r"\$"))                       # no TeX
     if figure:
-        figure.legend(*axes[0].get_legend_handles_labels(), ncols=6, loc="outside upper left", frameon=False)
+        figure.legend(*axes[0].get_legend_handles_labels(), ncols=6, loc="outside upper left")
         figure.savefig(path, dpi=120)
 
 
@@ -991,7 +991,7 @@ def make_parser(doc, script, source):
     add("--time_col", nargs="+", default=[], help="to sort by; several are joined: Date Time")
     add("--time_format", help="such as '%%d.%%m.%%Y %%H:%%M' (None: found out)")
     add("--regular", action="store_true", help="a row of holes for each step that is absent")
-    add("--cycles", nargs="*", choices=list(CYCLES), default=list(CYCLES), help="hands of the clock")
+    add("--cycles", nargs="*", choices=CYCLES, default=list(CYCLES), help="hands of the clock")
     add("--group_col", help="its values are separate sequences; no window crosses over")
     add("--numeric_cols", nargs="+", default=[], help="columns to read as numbers")
     add("--categorical_cols", nargs="+", default=[], help="columns to read as categories")
@@ -1158,7 +1158,7 @@ def find_hints(table, args):
     for name, words, ids in zip(schema.categorical, schema.vocabulary, table.categorical.T):
         digits = pd.Series(words, dtype=str).str.fullmatch(r"\D{0,2}\d[\d.,'\s]*\D?")
         if (ids == UNK_ID).sum() > (ids > UNK_ID).sum():
-            hints.append(f"{name}: most of its texts are none that was trained on: spelt otherwise?")
+            hints.append(f"{name}: most of its texts were not trained on: spelt otherwise?")
         elif len(words) > 20 and digits.mean() > 0.9 and name not in args.categorical_cols:
             hints.append(f"{name}: are its texts numbers (such as {words[0]})? --numeric_cols, --decimal")
         elif len(words) > 20 and len(words) > len(table.observed) / 4:
@@ -1204,5 +1204,5 @@ if __name__ == "__main__":
     describe(load_table(args), args)
     if args.data in SIMULATIONS:
         table, batch = tiny_batch()
-        print("\nthe tiny table in its own units, and as one batch: scaled, categories as ids, ? = missing")
+        print("\nthe tiny table, and as a batch: numbers scaled, categories as ids, ? = missing")
         print(tiny_table().to_string(index=False), show(table.schema, batch), sep="\n")
