@@ -23,7 +23,7 @@ import pandas as pd
 import torch
 from pandas.api.types import is_numeric_dtype
 from pandas.tseries.api import guess_datetime_format
-from pandas.tseries.offsets import BMonthEnd, CustomBusinessDay, DateOffset, MonthEnd
+from pandas.tseries.offsets import BMonthEnd, CustomBusinessDay, DateOffset
 
 SENTINEL = 1e30                     # files write "no reading" as -1.18e42; nothing we measure is that big
 MAX_CATEGORIES = 1000               # a text column with more distinct values than this is an identifier
@@ -500,21 +500,21 @@ def time_step(stamps, every):
     or day, or the median; NaT where months are uneven. every: the stamps of all groups tell working days."""
     stamps = stamps.dropna().drop_duplicates().sort_values()
     median = stamps.diff().quantile(0.5, interpolation="lower")     # never between two steps
-    if not is_datetime64_any_dtype(stamps) or len(stamps) < 3:
+    if not hasattr(stamps, "dt") or len(stamps) < 3:
         return median
     days = median / pd.Timedelta(days=1)
     steps = [median]
-    if days == 1:
+    if 1 <= days < 7:
         dates = stamps if len(stamps) >= 100 else every.dropna()    # own ones, if they are enough
         dates = dates.dt.normalize().drop_duplicates().sort_values().iloc[-100:]
-        weekday = dates.dt.day_of_week                      # 0 is Monday
-        weeks = (dates - pd.to_timedelta(weekday, unit="D")).nunique()          # that have a date
-        is_open = weekday.value_counts().reindex(range(7), fill_value=0) > 0.1 * weeks
-        if weeks > 2 and not is_open.all():
+        count = np.bincount(dates.dt.day_of_week, minlength=7)      # of Mondays, Tuesdays ...
+        is_open = count > 0.1 * count.max()                 # a Sunday among all Sundays may be an error
+        if count.max() > 2 and not is_open.all():
             steps = [CustomBusinessDay(weekmask=tuple(is_open)), median]
     elif days > 27:
         months = round(days / 30.44)                        # 1, 3, 12 ...
-        steps = [BMonthEnd(months), MonthEnd(months), DateOffset(months=months), median]
+        day = stamps.dt.day.mode().max()                    # 31: the last day of any month
+        steps = [BMonthEnd(months), DateOffset(months=months, day=day), median]
     recent = stamps.iloc[-100:]
     fits = []
     for step in steps:
