@@ -25,7 +25,10 @@ from pandas.api.types import is_numeric_dtype
 from pandas.tseries.api import guess_datetime_format
 from pandas.tseries.offsets import BMonthEnd, CustomBusinessDay, DateOffset
 
-SENTINEL = 1e30                     # files write "no reading" as -1.18e42; nothing we measure is that big
+SENTINEL = 1e19                     # files write "no reading" as 1e20 or -1.18e42; nothing is that big
+# words for it, of a whole cell; --na_values are more
+MISSING = ["", "NA", "N/A", "n/a", "n.a.", "#N/A", "<NA>", "NaN", "nan", "NULL", "null", "None",
+           "?", "-", "--"]
 MAX_CATEGORIES = 1000               # a text column with more distinct values than this is an identifier
 CYCLES = {"day": 86_400, "week": 604_800, "year": 365.25 * 86_400}      # in seconds: the hands of the clock
 NO_ID = 0                           # of a missing category ...
@@ -74,7 +77,7 @@ class Table:
     keys: pd.DataFrame          # (rows, 2) "group" and "time" of each row. Its index is the row of the file;
                                 # numbers beyond its end are rows that --regular inserts
     time_columns: list          # of the file
-    pattern: str                # for strftime; "s" or "ms": since 1970; "elapsed": 37:15; or "as it is"
+    pattern: str                # for strftime; "s" or "ms": since 1970; "elapsed": 37:15; or "number"
     kinds: dict                 # column of the file -> what it was taken for
     seq_len: int                # T
     segments: dict              # split -> (S, 2) int64, [start, end) rows of S sequences; val and test may
@@ -176,8 +179,6 @@ def fit_schema(frame, stamps, is_train, args):
     categorical = frame.columns.drop(numeric).tolist()
     schema = Schema(numeric, categorical, center=[], scale=[], vocabulary=[], learnt=[], cycles=[])
     for name in numeric:
-        if name in args.numeric_cols and frame[name].isna().all():
-            fail(f"{args.data}: no value of column {name!r} reads as a number (--numeric_cols)")
         x = frame[name][is_train].dropna().to_numpy()       # a hole tells nothing about a scale
         schema.learnt.append(len(x) > 0)
         if len(x) == 0:
@@ -280,9 +281,14 @@ DATE_LIKE = "|".join([
     r"^(?:19|20)\d\d[01]\d[0-3]\d(?:T?\d{2,6}|\.0)?$",          # 20241231, 202412311030, 20241231.0
     r"^[0-3]\d[0-3]\d(?:19|20)\d\d$",                           # 31122024
     r"^\d{1,2}:\d\d|^\d+ days?\b"])                             # 10:30, 3 days
-# (milli)seconds since 1970, or 202412: only where the name says time
-IF_NAMED = r"1\d{9}(?:\d{3})?(?:\.\d+)?|(?:19|20)\d\d(?:0[1-9]|1[0-2])"
-NAMED_TIME = r"(?i)(?:\b|_)(?:time|date|datum|epoch|year|month)|stamp|zeit"     # and no candidate
+IF_NAMED = "|".join([                                           # only where the name says time:
+    r"1\d{9}(?:\d{3})?(?:\.\d+)?",                             # (milli)seconds since 1970
+    r"(?:19|20)\d\d\.?(?:0[1-9]|1[0-2])|(?:19|20)\d\d[0-5]\d",  # 202412, 2024.12, 202452: a week
+    r"(?:0[1-9]|1[0-2])\.(?:19|20)\d\d|\d\d[01]\d[0-3]\d"])     # 12.2024, 241231
+NAMED_TIME = (r"(?i)(?:\b|_)(?:time|date|datum|epoch|year|month|unix|created|updated|yyyy)|stamp|zeit|"
+              r"(?:\b|_)(?:week|period|ts|dt)\b")               # and no candidate or weekday
+# numbers as --thousands and --decimal may have them: 1,205 and 1 205,7 and 2,4
+WRITTEN_NUMBER = r"[-+]?\d{1,3}(?:[.,'\s]\d{3})+(?:[.,]\d+)?|[-+]?\d*[.,]\d+"
 
 
 def read_raw(args, **options):
@@ -309,22 +315,25 @@ def read_frame(args):
     """The table as a DataFrame of at least one row, NaN where nothing is: text, but for plain numbers."""
     if args.data in SIMULATIONS:
         return read_raw(args)
-    missing = ["?", "-", "--", "n.a.", *args.na_values]     # beside those that pandas knows
-    head = read_raw(args, dtype=str, na_values=missing, nrows=1000)
-    texts = [*args.time_col, args.group_col, *args.categorical_cols]
-    for name in head:
-        words = head[name].dropna()                         # whole numbers of one width: codes? None yet?
-        is_code = words.str.fullmatch(r"\d\d+").all() and words.str.len().nunique() < 2
-        if name.lower() in YMD or is_code or infer_kind(head[name], args) != "numeric":
+    words = {"keep_default_na": False, "na_values": [*MISSING, *args.na_values]}
+    head = read_raw(args, dtype=str, nrows=1000, **words)
+    texts = [*args.time_col, args.group_col, *args.categorical_cols, *args.drop_cols]
+    for name in head.columns.drop(texts, errors="ignore"):
+        known = head[name].dropna()                         # whole numbers of one width: codes? None yet?
+        is_plain = not known.str.fullmatch(r"\d\d+").all() or known.str.len().nunique() > 1
+        if name.lower() in YMD or not is_plain or infer_kind(head[name], args) != "numeric":
             texts.append(name)
-    frame = read_raw(args, dtype=dict.fromkeys(texts, str), na_values=missing, decimal=args.decimal,
-                     thousands=args.thousands)
-    blank = r"^\s*(?:NA|N/A|n/a|NaN|nan|NULL|null|None|\?|--?)?\s*$"      # with blanks around, or these alone
-    frame = frame.replace(blank, np.nan, regex=True)
+    frame = read_raw(args, dtype=dict.fromkeys(texts, str), decimal=args.decimal, thousands=args.thousands,
+                     **words)
+    blank = "|".join(re.escape(word) for word in MISSING)
+    frame = frame.replace(rf"^\s*(?:{blank})\s*$", np.nan, regex=True)      # with blanks around
     if len(frame) == 0:                                     # a header alone
         fail(f"{args.data}: the table has no rows")
-    if frame.shape[1] == 1 and re.search("[;|\t]", frame.columns[0]):
-        fail(f"{args.data}: one column called {frame.columns[0]!r}: another separator? --sep ';'")
+    for sep in ";|\t ":
+        cells = frame.iloc[:, 0].astype(str)                # a blank may be in a name, but hardly in all cells
+        is_it = sep in cells.name and (sep != " " or cells.str.contains(" ").all())
+        if frame.shape[1] == 1 and is_it:
+            fail(f"{args.data}: one column called {cells.name!r}: another separator? --sep {sep!r}")
     if not isinstance(head.index, pd.RangeIndex):           # pandas takes the first cells for names of rows
         fail(f"{args.data}: its rows have more cells than its header: name each column, or "
              "leave out the lines above it (--skiprows 0 1)")
@@ -335,10 +344,16 @@ def read_cells(frame, kinds, args):
     """The columns to learn: numbers as float64, categories as text, NaN where there is no value."""
     numeric = [name for name in kinds if kinds[name] == "numeric"]
     categorical = [name for name in kinds if kinds[name] == "categorical"]
-    cells = pd.DataFrame(index=frame.index, columns=numeric, dtype=np.float64)      # one block
+    cells = pd.DataFrame(np.zeros((len(frame), len(numeric)), order="F"), frame.index, numeric)  # one block
     missing = pd.to_numeric(pd.Series(args.na_values, dtype=str), errors="coerce")
     for name in numeric:
         x = read_numbers(frame[name], args)
+        odd = frame[name][x.isna()].dropna().astype(str)    # neither a number nor missing: "Bad"
+        if len(odd) > 0.1 * frame[name].count() or odd.str.fullmatch(WRITTEN_NUMBER).any():
+            refuse_number(name, odd, args)
+        if len(odd):
+            kinds[name] = f"numeric, but for {len(odd)} cells such as {odd.iloc[0]!r}, which stay"
+        x = x.where(x.abs() < SENTINEL)                     # in float32 -1.18e42 would be -inf
         cells.loc[:, name] = x.mask(x.isin(missing))        # -999 is -999.00 as well
     for name in categorical:
         cells[name] = frame[name].astype("string")
@@ -367,7 +382,7 @@ def infer_kinds(frame, args):
     parts = {name.lower(): name for name in kinds if name.lower() in YMD and not kinds[name]}
     for name in kinds:
         kinds[name] = kinds[name] or infer_kind(frame[name], args)  # a flag has said it, or its values
-    if "time" not in kinds.values() and {"year", "month"} <= parts.keys():
+    if "time" not in kinds.values() and "year" in parts and {"month", "mo", "doy"} & parts.keys():
         kinds.update(dict.fromkeys(parts.values(), "time"))     # a year alone is a number
     if not {"numeric", "categorical"} & set(kinds.values()):
         fail(f"{args.data}: no usable column: no numbers or categories beside time and group")
@@ -381,8 +396,10 @@ def infer_kind(column, args):
         return "dropped: a second time column" if args.time_col else "time"
     # 007 is no number, for it is not 7, but one 00 is dirt; a "Bad" among numbers is a missing number
     is_code = not is_numeric_dtype(words) and words.str.fullmatch(r"0\d+").sum() > 0.01 * len(words)
-    if not is_code and read_numbers(words, args, np.inf).isna().sum() <= 0.1 * len(words):
+    if not is_code and read_numbers(words, args).isna().sum() <= 0.1 * len(words):
         return "numeric"
+    if words.str.fullmatch(WRITTEN_NUMBER).mean() > 0.9:
+        refuse_number(column.name, words, args)
     named = re.search(NAMED_TIME, str(column.name)) and not args.time_col   # such as Datum: 3. Mai 24
     if named and words.nunique() > len(words) / 2 and words.astype(str).str.contains(r"\d").all():
         return "time"                                       # in a language of its own: will be refused
@@ -391,29 +408,40 @@ def infer_kind(column, args):
     return "categorical"
 
 
-def read_numbers(column, args, largest=SENTINEL):
-    """A column as float64, NaN where it is no number or a larger one: in float32 -1.18e42 would be -inf."""
+def refuse_number(name, odd, args):
+    """A refusal of cells of a column that look like numbers, or are too many for words among numbers."""
+    fail(f"{args.data}: {name!r} has {len(odd):,} cells such as {odd.iloc[0]!r}, no plain numbers: "
+         "--thousands or --decimal says how numbers are written, --na_values that these are missing, "
+         "--categorical_cols or --drop_cols that it is a column of another kind")
+
+
+def read_numbers(column, args):
+    """A column as float64, NaN where it is no number."""
     if not is_numeric_dtype(column):
         column = column.str.replace(args.thousands or "\0", "", regex=False)    # first: it may be a point
-        column = column.str.replace(args.decimal, ".", regex=False)
-    x = pd.to_numeric(column, errors="coerce").astype(np.float64)
-    return x.where(x.abs() <= largest)                      # nan, inf and a sentinel are not <=
+        column = column.str.translate(str.maketrans(args.decimal + ".", "." + args.decimal))
+    return pd.to_numeric(column, errors="coerce").astype(np.float64)
 
 
 # ---- time
 
 warnings.filterwarnings("ignore", "Parsing dates")           # pandas says when it reads a day as a month
-YMD = {"year": "%Y", "month": "%m", "day": "%d", "hour": "%H", "minute": "%M", "second": "%S"}
+YMD = {"year": "%Y", "month": "%m", "mo": "%m", "day": "%d", "dy": "%d", "doy": "%j",
+       "hour": "%H", "hr": "%H", "minute": "%M", "second": "%S"}
 # what pandas does not guess: years of two digits, months without a day, hours up to twelve or alone
 OTHER_DATES = ["%d.%m.%y", "%y.%m.%d", "%m/%d/%y", "%d/%m/%y", "%y/%m/%d", "%d-%b-%y", "%d-%b-%Y",
                "%m/%d/%Y", "%d/%m/%Y", "%Y-%m-%d"]
 OTHER_CLOCKS = ["", " %H", " %H:%M", " %H:%M:%S", " %H.%M", " %H.%M.%S", " %I:%M %p", " %I:%M:%S %p"]
 OTHER_PATTERNS = [date + clock for date in OTHER_DATES for clock in OTHER_CLOCKS]
-OTHER_PATTERNS += ["%m/%Y", "%b %Y", "%B %Y", "%b-%y", "%b-%Y", "%Y%m%d%H", "%Y%m", "%d%m%Y", "%m%d%Y"]
+OTHER_PATTERNS += ["%m/%Y", "%m.%Y", "%Y.%m", "%b %Y", "%B %Y", "%b-%y", "%b-%Y", "%Y%m%d%H", "%Y%m",
+                   "%y%m%d", "%d%m%Y", "%m%d%Y"]
 NUMBER_PATTERNS = {"s": r"1\d{9}(?:\.\d+)?", "ms": r"1\d{12}(?:\.\d+)?", "elapsed": r"\d+:\d\d(?::\d\d)?"}
-# what strftime pads and others do not, and how they write zones: patterns to replace in its text
-MANNERS = [("$^", ""), (r"(?<![\d:.])0(\d)", r"\1"), (r"(?<![\d:])0(\d)(?=[-/. ])", r"\1"), (r"\+0000$", "Z"),
-           (r"([+-]\d\d)(\d\d)$", r"\1:\2"), (r"(\.\d{3})000$", r"\1"), (r"(\.\d{3})000\+0000$", r"\1Z")]
+# how others write what strftime writes: patterns to replace in its text
+MANNERS = [("$^", ""), (r"(?<![\d:.])0+(\d)", r"\1"), (r"(?<![\d:])0+(\d)(?=[-/. ])", r"\1"),       # unpadded
+           (r"\+0000$", "Z"), (r"([+-]\d\d)(\d\d)$", r"\1:\2"), ("UTC$", "GMT"),                    # zones
+           (r"(\.\d{3})000$", r"\1"), (r"(\.\d{3})000\+0000$", r"\1Z"), (r"(\.\d)0{5}$", r"\1"),
+           (r"(\.\d{6})$", r"\g<1>0"), ("$", ".0"),                                     # fractions
+           ("[a-z]+", lambda found: found[0].upper())]                                  # 24-FEB
 
 
 def parse_stamps(text, pattern):
@@ -455,12 +483,16 @@ def read_columns(frame, columns, args):
     else:
         patterns = guess_patterns(words)
     some = words.iloc[::1 + len(words) // 100]              # a quick look spares most of the patterns
-    patterns = [p for p in patterns if parse_stamps(some, p).notna().all()]
+    patterns = [p for p in patterns if parse_stamps(some, p).notna().mean() > 0.5]
     read = {}                                               # pattern -> stamps
     uneven = {}                                             # pattern -> share of its steps
+    strange = words                                         # what the best of the others does not read
     for pattern in patterns:
         stamps = parse_stamps(text, pattern)
-        if stamps.count() == len(words):                    # all read so
+        unread = text[stamps.isna()].dropna()
+        if len(unread):
+            strange = min(strange, unread, key=len)
+        else:
             steps = stamps.drop_duplicates().sort_values().diff().dropna().astype("int64")  # in any unit
             read[pattern] = stamps
             uneven[pattern] = ((steps / steps.median() - 1).abs() > 0.15).mean()    # months differ
@@ -468,7 +500,7 @@ def read_columns(frame, columns, args):
     for pattern, stamps in read.items():                    # twelve days, or twelve months
         if uneven[pattern] == uneven[best] and not stamps.equals(read[best]):
             fail(f"{args.data}: {columns} reads as {best!r} and as {pattern!r}: which one? --time_format")
-    return best, read.get(best)
+    return best, read.get(best), [*strange.iloc[:1], *strange.iloc[-1:]]
 
 
 def read_time(frame, kinds, args):
@@ -479,18 +511,19 @@ def read_time(frame, kinds, args):
     if not columns:                                         # the number of the row; a blank row has none
         number = frame.index.to_series().astype(float)      # a row a step
         blank = frame.isna().all(axis=1) & (frame.shape[1] > 1)
-        return [], "as it is", number.mask(blank)
+        return [], "number", number.mask(blank)
     first = frame[columns[0]]
     numbers = read_numbers(first, args)
     is_number = numbers.count() == first.count() and not looks_like_time(first.rename("time"))
     if len(columns) == 1 and is_number and not args.time_format:
-        return columns, "as it is", numbers.round(9)        # 20.099999999999998 is 20.1
-    pattern, stamps = read_columns(frame, columns, args)
-    alone = frame[columns].nunique() > 0.9 * frame[columns].count()     # needs no clock beside it
+        return columns, "number", numbers.round(9)          # 20.099999999999998 is 20.1
+    pattern, stamps, strange = read_columns(frame, columns, args)
+    whole = frame[columns].drop(columns=[name for name in columns if name.lower() in YMD])
+    alone = whole.nunique() > 0.9 * whole.count()           # needs no clock beside it
     which = len(columns) > 1 and not args.time_col and alone.any()
     if pattern is None or which or pattern == "elapsed" and not stamps.is_monotonic_increasing:
         fail(f"{args.data}: {' '.join(columns)!r} does not read as time stamps in one format (such as "
-             f"{first.dropna().iloc[[0, -1]].tolist()}): --time_format '%d.%m.%Y %H:%M' says how, --time_col "
+             f"{strange}): --time_format '%d.%m.%Y %H:%M' says how, --time_col "
              "which column, or which two (Date Time), --drop_cols or --categorical_cols that it is no time")
     return columns, pattern, stamps
 
@@ -557,12 +590,13 @@ def even_keys(keys):
 
 
 def compare_groups(frame, keys):
-    """{numeric column: how many times more it varies in one group than in another}."""
+    """{numeric column: how many times more it varies over all groups than in the calmest}."""
     ratios = {}
     for name in frame.select_dtypes("number"):              # a column at a time: a large table fits once
         groups = frame[name].groupby(keys["group"].to_numpy())
         spread = groups.max() - groups.min()                # in float64: a small group is not rounded away
-        ratios[name] = spread.max() / spread[spread > 0].min()
+        whole = frame[name].max() - frame[name].min()
+        ratios[name] = whole / spread[spread > 0].min()
     return ratios
 
 
@@ -607,7 +641,7 @@ def read_text(table, args):
     """The file as a DataFrame of text, "" where empty; --regular: by time, with the rows that were absent."""
     for name, ratio in table.unlike.items():
         if ratio > 1000:                                    # the small ones would drown
-            fail(f"{args.data}: {name!r} varies a thousand times more in some groups: give each a file")
+            fail(f"{args.data}: {name!r} varies a thousand times more than in some group: give each a file")
     text = read_raw(args, dtype=str, keep_default_na=False).astype("string").fillna("")
     text.columns = list(table.kinds)                        # as the Table calls them
     if args.regular:
@@ -617,10 +651,13 @@ def read_text(table, args):
     return text
 
 
-def scaled_numbers(table):
-    """The numeric columns as a DataFrame, NaN where there is no value."""
-    numbers = pd.DataFrame(table.numeric.numpy(), columns=table.schema.numeric)
-    return numbers.where(table.observed[:, :numbers.shape[1]].numpy())
+def own_numbers(table, stride=1):
+    """The numeric columns of every so many rows, a DataFrame in own units, NaN where there is no value."""
+    schema = table.schema
+    scaled = pd.DataFrame(table.numeric[::stride].numpy(), columns=schema.numeric)
+    scaled = scaled.where(table.observed[::stride, :len(schema.numeric)].numpy())
+    numbers = scaled * schema.scale + schema.center
+    return numbers.mask(numbers.abs() < 1e-6 * np.array(schema.scale), 0.0)     # 0, but for float32
 
 
 def number_text(x, own, args):
@@ -640,6 +677,12 @@ def write_cells(target, rows, name, said, table, text, args, forecast=False):
     --intervals. said (4, n): values, low ends, high ends and probabilities, see model.Prediction.interval.
     Numbers are within what the column was (a forecast: not below 0 where it never is), in its manner."""
     schema = table.schema
+    there = target[name].iloc[rows].str.strip()
+    # missing, or a number that stands for it; a word among numbers stays
+    is_hole = there.isin([*MISSING, *args.na_values]) | read_numbers(there, args).notna()
+    holes = np.flatnonzero(is_hole)
+    rows = np.asarray(rows)[holes]
+    said = said[:, holes]
     if name in schema.categorical:
         words = ["", "", *schema.vocabulary[schema.categorical.index(name)]]    # by their ids
         cells = np.array(words, dtype=object)[said[:3].long().numpy()]      # (3, n), as all here
@@ -662,30 +705,35 @@ def write_cells(target, rows, name, said, table, text, args, forecast=False):
 def stamp_text(stamps, pattern, manner):
     """Stamps, a Series, as a Series of text."""
     if pattern in ("s", "ms"):
-        return ((stamps - pd.Timestamp(0)) // pd.Timedelta(1, pattern)).astype(str)
-    if pattern == "elapsed":
-        return stamps.astype(str)
-    return stamps.dt.strftime(pattern).str.replace(*manner, regex=True)
+        text = ((stamps - pd.Timestamp(0)) // pd.Timedelta(1, pattern)).astype(str)
+    elif pattern == "elapsed":
+        text = stamps.astype(str)
+    else:
+        text = stamps.dt.strftime(pattern)
+    return text.str.replace(*manner, regex=True)
 
 
 def new_rows(table, text, keys, args):
-    """Rows of text with the group and the time alone, those of `keys` (see Table), as the file writes them."""
+    """Rows of text with the group and the time alone, those of `keys` (see Table), as the file has them."""
     rows = pd.DataFrame("", keys.index, text.columns)
+    known = table.keys[table.keys.index < len(text)].dropna()   # rows of the file, not those of --regular
     if args.group_col:
-        rows[args.group_col] = keys["group"]
-    known = table.keys["time"].dropna()
-    known = known[known.index < len(text)]                  # rows of the file, not those of --regular
-    patterns = table.pattern.rsplit(" ", len(table.time_columns) - 1)   # one for each column
-    for name, pattern in zip(table.time_columns, patterns):
+        spelt = text[args.group_col].iloc[known.index]
+        rows[args.group_col] = keys["group"].map(dict(zip(known["group"], spelt)))
+    patterns = table.pattern.split(" ")
+    for name in table.time_columns:
         own = text[name].iloc[known.index].str.strip().set_axis(known.index)    # as the file writes them
-        if pattern == "as it is":
+        if table.pattern == "number":
             rows[name] = number_text(keys["time"].to_numpy(np.float64), own, args)
-        else:
-            fitting = [manner for manner in MANNERS if (stamp_text(known, pattern, manner) == own).all()]
-            if not fitting:
-                fail(f"{args.data}: {name} is read as {pattern!r} and not written so (such as "
-                     f"{own.iloc[-1]!r}): --time_format, or a column in one format")
-            rows[name] = stamp_text(keys["time"], pattern, fitting[0])
+            break
+        n_words = 1 + own.iloc[0].count(" ")                # of this column: 10:30 PM has two
+        pattern = " ".join(patterns[:n_words])
+        patterns = patterns[n_words:]
+        fitting = [manner for manner in MANNERS if (stamp_text(known["time"], pattern, manner) == own).all()]
+        if not fitting:
+            fail(f"{args.data}: {name} is read as {pattern!r} and cannot be written as it is there (such as "
+                 f"{own.iloc[-1]!r}): --forecast and --regular need times in a plainer form")
+        rows[name] = stamp_text(keys["time"], pattern, fitting[0])
     return rows
 
 
@@ -1142,8 +1190,7 @@ def find_hints(table, args):
     for name in schema.numeric:
         if re.search(NAMED_TIME, name) and not table.time_columns and not args.group_col:
             hints.append(f"{name} is taken for a number: is it the time? --time_col {name}")
-    numbers = scaled_numbers(table)[::1 + len(table.observed) // 100_000]   # 100,000 rows tell
-    numbers = numbers * schema.scale + schema.center
+    numbers = own_numbers(table, 1 + len(table.observed) // 100_000)    # 100,000 rows tell
     for edge in (numbers.min(), numbers.max()):             # of each column
         off = (numbers - edge).abs()                        # how far each value is from the edge
         others = off[off > 1e-6]                            # NaN at the edge itself
@@ -1152,19 +1199,19 @@ def find_hints(table, args):
         for value, count in edge[far].map("{:.7g}".format).value_counts().items():
             hints.append(f"{value} comes again and again, far from all else, in {count} column(s): missing? "
                          f"--na_values {value}")
+    low, high = numbers.quantile([0.05, 0.95]).to_numpy()       # of each column
+    for name in numbers.columns[(low > 0) & (high > 1000 * low)]:
+        hints.append(f"{name} goes over orders of magnitude, the small drown: its logarithm, or --base linear?")
     for name, ratio in table.unlike.items():
         if ratio > 30:
-            hints.append(f"{name} varies {ratio:.0f} times more in some groups: give each a file?")
+            hints.append(f"{name} varies {ratio:.0f} times more than in some group: give each a file?")
     for name, words, ids in zip(schema.categorical, schema.vocabulary, table.categorical.T):
-        digits = pd.Series(words, dtype=str).str.fullmatch(r"\D{0,2}\d[\d.,'\s]*\D?")
         if (ids == UNK_ID).sum() > (ids > UNK_ID).sum():
             hints.append(f"{name}: most of its texts were not trained on: spelt otherwise?")
-        elif len(words) > 20 and digits.mean() > 0.9 and name not in args.categorical_cols:
-            hints.append(f"{name}: are its texts numbers (such as {words[0]})? --numeric_cols, --decimal")
         elif len(words) > 20 and len(words) > len(table.observed) / 4:
             hints.append(f"{name}: {len(words)} texts, nearly each another: --drop_cols {name}?")
     for name, kind in table.kinds.items():
-        if "distinct" in kind:
+        if "distinct" in kind or "such as" in kind:
             hints.append(f"{name}: {kind}")
     if absent and not args.regular:
         hints.append(f"{absent:,} steps of time are absent: --regular puts rows there, if steps are even")
@@ -1176,7 +1223,7 @@ def describe(table, args):
     schema = table.schema
     stamps = table.keys["time"]
     holes, runs = hole_runs(table)
-    numbers = scaled_numbers(table).agg(["min", "mean", "max"]) * schema.scale + schema.center
+    numbers = own_numbers(table).agg(["min", "mean", "max"])
     kinds = pd.Series(table.kinds)
     lines = kinds[schema.numeric + schema.categorical].to_frame("kind")
     lines["holes"] = [f"{share:.1%}" for share in 1 - table.observed.double().mean(dim=0)]

@@ -892,6 +892,7 @@ WORKDAYS = pd.bdate_range("2023-01-02", periods=140)
 TIMES = [   # what public files were like that once went wrong: header, times as written, flags, what is next
     ("date", DAYS.strftime("%Y%m%d"), "", "20220501"),
     ("year,month,day", [f"{t.year},{t.month},{t.day}" for t in DAYS], "", "2022,5,1"),
+    ("year,month,day", [f"{t.year},{t.month},{t.day}" for t in DAYS[:30]], "", "2022,1,31"),
     ("Year,Month", MONTHS.strftime("%Y,%m"), "", "2010,01"),
     ("Date,Time", HOURS.strftime("%Y-%m-%d,%H:%M:%S"), "", "2018-01-06,00:00:00"),
     ("Day,Clock", HOURS.strftime("%d.%m.%Y,%H:%M"), "--time_col Day Clock", "06.01.2018,00:00"),
@@ -942,6 +943,16 @@ TIMES = [   # what public files were like that once went wrong: header, times as
     ("t", DAYS[:12].strftime("%m/%d/%Y"), "", "refused: --time_format"),       # twelve days, or twelve months
     ("t", HOURS.strftime("%Y-%m-%d"), "--time_format %Q", "refused: --time_format '%Q'"),
     ("date", DAYS.strftime("%Y%m%d.0"), "", "refused: date / --time_format"),
+    ("Date,Time", HOURS.strftime("%m/%d/%Y,%I:%M %p"), "", "01/06/2018,12:00 AM"),
+    ("t", DAYS.strftime("%d-%b-%Y").str.upper(), "", "01-MAY-2022"),
+    ("t", HOURS.strftime("%Y-%m-%d %H:%M:%S.0000000"), "", "2018-01-06 00:00:00.0000000"),
+    ("ts", [f"{i}.0" for i in range(1641174600, 1641246600, 600)], "", "1641246600.0"),
+    ("YEAR,DOY", [f"{t.year},{t.day_of_year}" for t in DAYS], "", "2022,121"),
+    ("time", MONTHS.strftime("%m.%Y"), "", "01.2010"),
+    ("date", DAYS.strftime("%y%m%d"), "", "220501"),
+    ("t", ["2024-01-01"] * 5 + ["24:00"] + ["2024-01-02"] * 90, "", "refused: 't' / 24:00"),
+    ("week", [f"{y}{week:02d}" for y in (2021, 2022) for week in range(1, 53)], "", "refused: week"),
+    ("t", WORKDAYS[WORKDAYS.day_of_week.isin([0, 2, 4])].astype(str), "", "2023-07-17"),
     ("t", ["2024-01-01"] * 120, "", "refused: --forecast / --group_col")]
 
 @pytest.mark.parametrize("header,times,flags,coming", TIMES, ids=[row[-1] for row in TIMES])

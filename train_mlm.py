@@ -188,7 +188,7 @@ def write_result(model, table, text, errors, factor, args):
         elif len(gaps):
             rows = table.keys.index[gaps]                   # of the file
             lines.append(write_cells(text, rows, name, said[:, gaps, j], table, text, args))
-            filled.loc[name] = [len(gaps), *test.loc[name, ["model", "linear"]]]
+            filled.loc[name] = [len(lines[-1]), *test.loc[name, ["model", "linear"]]]
     print_table("filled cells, and the mean error on test of runs as long as the holes, own units (-: not "
                 "judged, for test has no values within --clip)", filled)
     blank = len(table.observed) - placed                    # they come last
