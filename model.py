@@ -220,10 +220,9 @@ class TableTransformer(nn.Module):
             count = torch.arange(1, T + 1, device=numeric.device)[:, None]      # (T, 1)
             center = numeric.cumsum(dim=1) / count
         values = (numeric - center) / spread                                    # (B, T, N)
+        steps = values.diff(dim=1, prepend=values[:, :1])                       # the first is 0
         if self.config.causal and self.config.closed:
             steps = inputs.base - numeric                   # the one that the closed form takes
-        else:
-            steps = F.pad(values.diff(dim=1), (0, 0, 1, 0))                     # the first is 0
         clip = self.config.clip
         values = values.clamp(-clip, clip)
         steps = steps.clamp(-clip, clip)
@@ -296,7 +295,7 @@ def sum_losses(prediction, targets, base_rmse, loss="mse"):
     for k, logits in enumerate(prediction.logits):
         target = (targets.categorical[..., k] - 2).clamp(min=0)                 # unscored: any class will do
         error = F.cross_entropy(logits.transpose(1, 2), target, reduction="none")       # (B, T)
-        class_loss = class_loss + torch.where(targets.score[..., N + k], error, 0.0).sum()
+        class_loss += torch.where(targets.score[..., N + k], error, 0.0).sum()
     off = (prediction.numeric.detach() - targets.numeric).abs().clamp(min=1e-4)     # at 0 a scale vanishes
     nll = off / prediction.scale + prediction.scale.log()
     scale_loss = torch.where(scored, nll, 0.0).sum()
