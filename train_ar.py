@@ -23,6 +23,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 
 from data import (Batch, Schema, add_errors, add_loop_flags, check_target, draw_lines, draw_windows, fail,
                   find_hints, load_checkpoint, load_table, make_parser, mean_errors, next_rows, number,
@@ -71,11 +72,10 @@ def objective(batch, args, generator, step=None, case=None):
         batch = mix_up(batch, args.mixup, generator)
     shown = jitter(batch, args.noise, generator) if training else batch
     # the target of row t is row t + 1; the last row has none, and padding is not observed
-    score = scorable(batch).roll(-1, dims=1)
-    score[:, -1] = False
-    numeric = batch.numeric.roll(-1, dims=1)
-    categorical = batch.categorical.roll(-1, dims=1)
-    return shown, Targets(numeric, categorical, score)
+    row = Targets(batch.numeric, batch.categorical, scorable(batch))
+    targets = Targets._make(x.roll(-1, dims=1) for x in row)
+    targets.score[:, -1] = False
+    return shown, targets
 
 
 def eval_cases(args):
@@ -164,18 +164,13 @@ def prepare(table, args):
         fail(f"--season {args.season} looks back further than a roll-out's --given {args.given} rows")
     if bool(args.forecast) != bool(args.to) or args.intervals and not args.to:
         fail("--forecast (how many rows) and --to (into which file) go together, --intervals is one more")
-    # a short table is judged at what fits; only if nothing does it is refused
-    room = table.seq_len
-    for split in ("val", "test"):
-        _, rows_after = rollout_windows(table, split, args)
-        room = min(room, int(rows_after.max()))
-    args.horizons = [h for h in args.horizons if h <= max(room, min(args.horizons))]
-    longest = max(args.horizons)
-    if args.intervals:
-        longest = max(longest, args.forecast)
-    if longest > room:
-        fail(f"--given {args.given} rows and {longest} to come (--horizons, and --forecast with --intervals) "
-             f"do not fit into windows of {table.seq_len} rows (--seq_len), or into the val or test split")
+    _, val = rollout_windows(table, "val", args)
+    _, test = rollout_windows(table, "test", args)
+    room = int(min(val.max(), test.max()))
+    args.horizons = [h for h in args.horizons if h <= room]     # a short table is judged at what fits
+    if not args.horizons or args.intervals and args.forecast > room:
+        fail(f"after --given {args.given} there are {room} rows to compare with, in windows of {table.seq_len} "
+             "(--seq_len) and in the val and test split: too few for --horizons, or --forecast --intervals")
     if not args.forecast:
         return None
     check_target("--to", args.to, args.data)                # the text is read and the stamps
@@ -229,13 +224,10 @@ def draw_rollout(schema, given, asked, answers, half, args):
     """A picture of three windows of report_test: what was given, what came, what was said, {name: Batch}."""
     some = slice(len(given.valid) // 2, len(given.valid) // 2 + 3)
     batch = Batch._make(torch.cat(pair, dim=1)[some] for pair in zip(given, asked))
-    is_asked = torch.ones_like(batch.observed)
-    is_asked[:, :args.given] = False                        # these were given
-    guesses = {}
-    for name, rows in answers.items():
-        guesses[name] = torch.cat([given.numeric, rows.numeric], dim=1)[some]
-    width = torch.zeros_like(guesses["model"])              # of the band, to each side
-    width[:, args.given:] = half[:, :len(schema.numeric)]   # nothing was asked before
+    later = 0, 0, args.given, 0                             # of the rows given nothing is said, or drawn
+    is_asked = F.pad(asked.observed[some], later)                               # (3, T, F)
+    guesses = {name: F.pad(rows.numeric[some], later) for name, rows in answers.items()}
+    width = F.pad(half[:, :len(schema.numeric)], later)     # of the band, to each side: (T, N)
     band = torch.stack([guesses["model"] - width, guesses["model"] + width])    # (2, 3, T, N)
     draw_windows(f"{args.out_dir}/window.png", schema, batch, is_asked, guesses, band)
 
@@ -244,27 +236,24 @@ def write_result(model, table, prepared, errors, factor, args):
     """--forecast: the rows that come next in each sequence; --intervals: and how sure each is."""
     text, rows, clock = prepared
     start, end = table.segments["all"].unbind(1)
-    start = torch.maximum(start, end - table.seq_len)       # of the last window of each
-    windows = torch.stack([start, end], dim=1)
-    length = end - start
-    shape = len(length), args.forecast, table.observed.shape[1]
-    value = torch.zeros(shape)
-    there = torch.zeros(shape, dtype=torch.bool)
+    length = (end - start).clamp(max=table.seq_len)         # of the last window of each
+    windows = torch.stack([end - length, end], dim=1)
+    value = torch.zeros(len(length), args.forecast, table.observed.shape[1])
     for n in length.unique().tolist():                      # histories of equal length go together
         for some in (length == n).nonzero()[:, 0].split(256):
-            ahead = model.rollout(table.batch(windows[some]).rows(0, n), clock[some])  # n: without padding
-            value[some] = torch.cat([ahead.numeric, ahead.categorical], dim=-1)
-            there[some] = ahead.observed
-    there = (there & torch.tensor(table.schema.learnt)).flatten(0, 1)           # no planet that was not there
-    half = torch.zeros(shape[1:])
+            given = table.batch(windows[some]).rows(0, n)   # without padding
+            ahead = model.rollout(given, clock[some])
+            cells = torch.cat([ahead.numeric, ahead.categorical], dim=-1)
+            value[some] = cells.masked_fill(~ahead.observed, math.nan)          # no planet that was not there
+    half = torch.zeros(value.shape[1:])
     chance = half
     if args.intervals:
         half, chance = fit_horizons(model, table, args.forecast, args)
     said = torch.stack([value, value - half, value + half, chance.expand_as(value)]).flatten(1, 2)
     lines = []
     for j, name in enumerate(table.schema.numeric + table.schema.categorical):
-        here = there[:, j].nonzero()[:, 0].numpy()          # new rows that get a value
-        if len(here) == 0:
+        here = said[0, :, j].isfinite().nonzero()[:, 0].numpy()     # new rows that get a value
+        if not table.schema.learnt[j] or len(here) == 0:
             print(f"{name} is left empty: it has no value in the last rows, or in the train rows")
         else:
             cells = said[:, here, j]                        # (4, n)
