@@ -192,12 +192,12 @@ def report_test(model, table, errors, factor, args):
     for name in baselines(given, args, model.closed_form):
         predict = lambda shown: baselines(shown, args, model.closed_form)[name]
         answers[name] = model.rollout(given, asked.clock, predict)
-    targets = Targets(asked.numeric, asked.categorical, scorable(asked))
-    targets = within_clip(targets, asked.numeric, args.clip)
     lines = [errors]
     for i in range(longest):
+        row = asked.rows(i, i + 1)
         said = {name: rows.rows(i, i + 1)[:2] for name, rows in answers.items()}        # numbers and ids
-        truth = Targets._make(x[:, i:i + 1] for x in targets)
+        truth = Targets(row.numeric, row.categorical, scorable(row))
+        truth = within_clip(truth, row.numeric, args.clip)
         add_errors(lines, "rollout", i + 1, schema, truth, said)
     errors = pd.concat(lines)                               # of the next row, and of each row ahead
     errors = errors[errors["column"].isin(numbers + schema.categorical)]
@@ -213,9 +213,9 @@ def report_test(model, table, errors, factor, args):
                 inside.loc[numbers, args.horizons])
     draw_rollout(schema, given, asked, answers, half, args)
     test = {}
-    for name in answers:
+    for name, own in next_row.items():
         mse = rolled[name]["mse"]
-        test[name] = {"next_mse": next_row[name]["mse"][0], "next_accuracy": next_row[name]["accuracy"][0],
+        test[name] = {"next_mse": own["mse"][0], "next_accuracy": own["accuracy"][0],
                       "rollout_mse": [mse[h - 1] for h in args.horizons]}
     return {"horizons": args.horizons, "test": test}
 
@@ -238,18 +238,19 @@ def write_result(model, table, prepared, errors, factor, args):
     start, end = table.segments["all"].unbind(1)
     length = (end - start).clamp(max=table.seq_len)         # of the last window of each
     windows = torch.stack([end - length, end], dim=1)
-    value = torch.zeros(len(length), args.forecast, table.observed.shape[1])
+    said = torch.zeros(4, len(length), args.forecast, table.observed.shape[1])      # as Prediction.interval
     for n in length.unique().tolist():                      # histories of equal length go together
         for some in (length == n).nonzero()[:, 0].split(256):
             given = table.batch(windows[some]).rows(0, n)   # without padding
             ahead = model.rollout(given, clock[some])
             cells = torch.cat([ahead.numeric, ahead.categorical], dim=-1)
-            value[some] = cells.masked_fill(~ahead.observed, math.nan)          # no planet that was not there
-    half = torch.zeros(value.shape[1:])
-    chance = half
+            said[:3, some] = cells.masked_fill(~ahead.observed, math.nan)       # no planet that was not there
     if args.intervals:
-        half, chance = fit_horizons(model, table, args.forecast, args)
-    said = torch.stack([value, value - half, value + half, chance.expand_as(value)]).flatten(1, 2)
+        half, chance = fit_horizons(model, table, args.forecast, args)          # (steps, F) each
+        said[1] -= half
+        said[2] += half
+        said[3] = chance
+    said = said.flatten(1, 2)                               # (4, rows, F)
     lines = []
     for j, name in enumerate(table.schema.numeric + table.schema.categorical):
         here = said[0, :, j].isfinite().nonzero()[:, 0].numpy()     # new rows that get a value
