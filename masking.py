@@ -21,7 +21,7 @@ from data import UNK_ID, Batch, show, step_generator, tiny_batch
 
 class Inputs(NamedTuple):
     """What the model sees, nothing hidden in it: a copy cannot leak. (The future is is_causal's to keep.)"""
-    numeric: torch.Tensor           # (B, T, N) float32, the value where known, else a guess from known ones
+    numeric: torch.Tensor           # (B, T, N) float32, known values, and a line between; causal: the last
     categorical: torch.Tensor       # (B, T, K) int64, the same for ids; 0 = nothing to guess from
     known: torch.Tensor             # (B, T, F) bool, True = a value of the table, False = [MASK]
     base: torch.Tensor              # (B, T, N) float32, what the head corrects; causal: of the next row
@@ -154,11 +154,11 @@ def create_inputs(batch, causal, closed_form=None):
         numeric = last_known(batch.numeric, known)
         base = numeric if closed_form is None else autoregress(numeric, closed_form)
     else:
-        base = interpolate(batch.numeric, known, batch.time)
         ids = nearest_category(batch.categorical, known_ids, batch.time)
+        numeric = interpolate(batch.numeric, known, batch.time)
+        base = numeric                                  # that of a known cell is the cell
         if closed_form is not None:
-            base, deviation = gaussian_fill(base, known, closed_form)
-        numeric = base                                  # that of a known cell is the cell
+            base, deviation = gaussian_fill(numeric, known, closed_form)
         if not batch.valid.all():                       # without a mask the fastest kernel can run
             attend = create_attention_mask(batch.valid)
     return Inputs(numeric=numeric, categorical=ids, known=batch.observed, base=base, deviation=deviation,

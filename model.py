@@ -211,7 +211,7 @@ class TableTransformer(nn.Module):
 
     def forward(self, inputs):
         T, N = inputs.numeric.shape[1:]
-        numeric = inputs.numeric
+        numeric = inputs.numeric if self.config.causal else inputs.base
         center = torch.zeros_like(numeric)
         spread = torch.ones_like(numeric)
         if not self.config.causal:      # (the level of the window would tell a causal model its future)
@@ -248,20 +248,21 @@ class TableTransformer(nn.Module):
         return create_inputs(batch, self.config.causal, closed_form)
 
     @torch.no_grad()
-    def predict(self, batch):
-        """data.Batch, `observed` = what is known -> Prediction, without gradients."""
-        return self(move(self.inputs(batch), self.norm.weight.device))
+    def predict(self, inputs):
+        """masking.Inputs, on the CPU -> Prediction, without gradients."""
+        return self(move(inputs, self.norm.weight.device))
 
     def rollout(self, batch, clock, predict=None):
         """Say what comes next, append it, and go on from there, looking at the last T rows at most.
-        batch: histories of equal length; clock (B, steps, C): of the rows to come; predict: Batch -> numbers
+        batch: histories of equal length; clock (B, steps, C): of the rows to come; predict: Inputs -> numbers
         and ids, else the model's. Returns the Batch of the rows to come; columns without values get none."""
-        predict = predict or (lambda shown: self.predict(shown).answer())
+        predict = predict or (lambda inputs: self.predict(inputs).answer())
         N = batch.numeric.shape[-1]
         ever = batch.observed.any(dim=1, keepdim=True)                          # (B, 1, F)
         for now in clock.split(1, dim=1):                                       # (B, 1, C)
             # the whole window is run again for each row: no cache of keys and values, to stay readable
-            numeric, ids = predict(batch.rows(-self.config.seq_len, None))      # (B, T, N), (B, T, K)
+            inputs = self.inputs(batch.rows(-self.config.seq_len, None))
+            numeric, ids = predict(inputs)                                      # (B, T, N), (B, T, K)
             numeric = numeric[:, -1:] * ever[..., :N]                           # (B, 1, N)
             ids = ids[:, -1:] * ever[..., N:]                                   # (B, 1, K)
             row = Batch(numeric=numeric, categorical=ids, observed=ever, valid=batch.valid[:, -1:], clock=now,
@@ -305,9 +306,9 @@ def sum_losses(prediction, targets, base_rmse, loss="mse"):
 # ---- the rest can be skipped at first reading
 
 def explain_non_finite(model, examples, windows, names):
-    """Where a non-finite gradient may come from, in lines. examples: (shown, Inputs, Targets) of each forward
+    """Where a non-finite gradient may come from, in lines. examples: (Inputs, Targets) of each forward
     pass; windows: the rows of each, as in Table.sample; names: of the numeric columns."""
-    for (_, inputs, _), rows in zip(examples, windows):
+    for (inputs, _), rows in zip(examples, windows):
         known = inputs.known[..., :len(names)]
         size = torch.where(known, inputs.numeric.abs(), 0.0)                    # (B, T, N)
         size[size.isnan()] = math.inf                                           # a NaN is the largest of all

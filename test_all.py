@@ -159,7 +159,7 @@ def random_model(N=3, K=2, causal=False, closed=False):
 
 def ask(net, batch, *flags, case=None):
     """What train_mlm makes of a batch in its first step, or in a case of evaluation: Inputs and Targets."""
-    return train_mlm.make_example(net, batch, mlm_args(*flags), step_generator(1), step=0, case=case)[1:]
+    return train_mlm.make_example(net, batch, mlm_args(*flags), step_generator(1), step=0, case=case)
 
 def flat(prediction):  # Numbers and logits side by side: (B, T, N + all classes)
     return torch.cat([prediction.numeric, *prediction.logits], dim=-1)
@@ -460,7 +460,7 @@ def test_levels_far_away_are_clipped_for_the_network_and_not_for_the_base():
     assert not ask(net, far)[1].score[..., :3].any()             # beyond the clip nothing is asked for
 
 def outputs(net, batch, **changed):
-    _, inputs, _ = train_ar.make_example(net, batch, ar_args(), step_generator(0))
+    inputs, _ = train_ar.make_example(net, batch, ar_args(), step_generator(0))
     return flat(net(inputs._replace(**changed)))
 
 def next_row_changed(batch, t):
@@ -522,7 +522,7 @@ def test_baselines_roll_out_to_what_they_are():
     batch = random_batch(B=1, missing=0)._replace(numeric=truth[None, :12])
     ahead, last = truth[12:], truth[11:12].expand(9, 3)
     for name, own, expected in (("last", [0, 1, 2], last), ("linear", [0, 1], ahead), ("season", [2], ahead)):
-        rows = net.rollout(batch, torch.zeros(1, 9, 4), lambda shown: train_ar.baselines(shown, args)[name])
+        rows = net.rollout(batch, torch.zeros(1, 9, 4), lambda inputs: train_ar.baselines(inputs, args)[name])
         torch.testing.assert_close(rows.numeric[0, :, own], expected[:, own], atol=1e-4, rtol=0)
 
 def test_padding_changes_nothing():
@@ -1084,7 +1084,7 @@ def test_resuming_fills_another_file_by_the_scales_of_training_and_only_fills(fi
     net = saved_model(tmp_path)
     for row in np.flatnonzero(~there[:184])[2:]:            # from a window with a quarter of itself before
         windows = torch.tensor([[first, 200] for first in range(row // 8 * 8 - 8, row - 3, 8)])
-        said = own_units(table, net.predict(table.batch(windows))[0])[..., 0]
+        said = own_units(table, net.predict(net.inputs(table.batch(windows)))[0])[..., 0]
         said = said[range(len(windows)), row - windows[:, 0]]
         assert np.isclose(filled["wave"][row], said, atol=1e-5).any()
 

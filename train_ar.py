@@ -29,8 +29,8 @@ from data import (Batch, Schema, add_errors, add_loop_flags, check_target, draw_
                   find_hints, load_checkpoint, load_table, make_parser, mean_errors, next_rows, number,
                   own_errors, parse, pick_device, print_errors, print_table, read_text, replace_file,
                   step_generator, write_cells, write_text)
-from masking import (Targets, autoregress, fit_closed_form, jitter, last_known, mix_up, move,
-                     scorable, within_clip)
+from masking import (Targets, autoregress, fit_closed_form, jitter, mix_up, move, scorable,
+                     within_clip)
 from model import Config, TableTransformer, count_scored, explain_non_finite, sum_losses
 
 SCRIPT = "train_ar"
@@ -83,11 +83,10 @@ def eval_cases(args):
     return {("next", "next row"): "next row"}
 
 
-def baselines(shown, args, closed_form=None):
+def baselines(inputs, args, closed_form=None):
     """What one would say comes next without training: {name: (numbers (B, T, N), ids (B, T, K))}."""
-    N = shown.numeric.shape[-1]
-    last = last_known(shown.numeric, shown.observed[..., :N])                   # (B, T, N)
-    ids = last_known(shown.categorical, shown.observed[..., N:])                # (B, T, K)
+    last = inputs.numeric                                                       # (B, T, N)
+    ids = inputs.categorical                                                    # (B, T, K)
     before = torch.cat([last[:, :1], last[:, :-1]], dim=1)                      # the row before each
     answers = {"last": (last, ids), "linear": (2 * last - before, ids)}
     if args.season:                                 # what was --season rows before the next row, if known
@@ -169,8 +168,8 @@ def prepare(table, args):
     room = int(min(val.max(), test.max()))
     args.horizons = [h for h in args.horizons if h <= room]     # a short table is judged at what fits
     if not args.horizons or args.intervals and args.forecast > room:
-        fail(f"after --given {args.given} there are {room} rows to compare with, in windows of {table.seq_len} "
-             "(--seq_len) and in the val and test split: too few for --horizons, or --forecast --intervals")
+        fail(f"after --given {args.given} there are {room} rows to compare with in windows of --seq_len "
+             f"{table.seq_len} and in val and test: too few for --horizons, or --forecast with --intervals")
     if not args.forecast:
         return None
     check_target("--to", args.to, args.data)                # the text is read and the stamps
@@ -189,8 +188,8 @@ def report_test(model, table, errors, factor, args):
     longest = max(args.horizons)
     given, asked, ahead, off = judge_rollout(model, table, "test", longest, args)    # off (B, longest, F)
     answers = {"model": ahead}                              # {name: Batch of the rows to come}
-    for name in baselines(given, args, model.closed_form):
-        predict = lambda shown: baselines(shown, args, model.closed_form)[name]
+    for name in baselines(model.inputs(given), args, model.closed_form):
+        predict = lambda inputs: baselines(inputs, args, model.closed_form)[name]
         answers[name] = model.rollout(given, asked.clock, predict)
     lines = [errors]
     for i in range(longest):
@@ -276,10 +275,10 @@ def get_lr(step, args):
 
 
 def make_example(model, batch, args, generator, step=None, case=None):
-    """data.Batch -> what is shown (Batch), what the model sees of it (Inputs), what is asked (Targets)."""
+    """data.Batch -> what the model sees of what is shown of it (Inputs), and what is asked (Targets)."""
     shown, targets = objective(batch, args, generator, step, case)  # the one line about the objective
     inputs = model.inputs(shown)                            # with the base, without a hidden value
-    return shown, inputs, within_clip(targets, inputs.base, args.clip)          # what is beyond is not asked
+    return inputs, within_clip(targets, inputs.base, args.clip)                 # what is beyond is not asked
 
 
 def measure_base(model, table, args):
@@ -289,7 +288,7 @@ def measure_base(model, table, args):
     batch = table.batch(table.sample("train", 64, generator))
     lines = []
     for (kind, name), case in eval_cases(args).items():
-        _, inputs, targets = make_example(model, batch, args, generator, case=case)  # as evaluation asks
+        inputs, targets = make_example(model, batch, args, generator, case=case)  # as evaluation asks
         answers = {"base": (inputs.base, inputs.categorical)}       # judged as every rival is
         add_errors(lines, kind, name, table.schema, targets, answers)
     square = mean_errors(pd.concat(lines), table.schema.numeric, "square", "column").loc["base"]
@@ -312,13 +311,13 @@ def evaluate(model, table, split, stride, base_rmse, args, autocast):
         counts = torch.zeros(3)                             # batches ask for more or fewer cells
         for windows in table.starts(split, stride).split(32):
             batch = table.batch(windows)
-            shown, inputs, targets = make_example(model, batch, args, generator, case=case)
+            inputs, targets = make_example(model, batch, args, generator, case=case)
             with autocast:
-                prediction = model(move(inputs, base_rmse.device))
+                prediction = model.predict(inputs)
             sums += sum_losses(prediction, move(targets, base_rmse.device), base_rmse, args.loss).cpu()
             counts += count_scored(targets)
             # baselines see what the model saw, and answer for the same cells
-            answers = {"model": prediction.answer(), **baselines(shown, args, model.closed_form)}
+            answers = {"model": prediction.answer(), **baselines(inputs, args, model.closed_form)}
             add_errors(lines, kind, name, table.schema, targets, answers)
             scale = prediction.scale.cpu()                                      # (B, T, N)
             ratio = (prediction.numeric.cpu() - targets.numeric).abs() / scale
@@ -455,11 +454,11 @@ def main(argv=None):
         torch.manual_seed(generator.initial_seed())         # for dropout
         windows = [table.sample("train", args.batch_size, generator) for _ in range(args.grad_accum)]
         examples = [make_example(raw, table.batch(w), args, generator, step=step) for w in windows]
-        count = sum(count_scored(targets) for _, _, targets in examples).to(device)     # (3,)
+        count = sum(count_scored(targets) for _, targets in examples).to(device)     # (3,)
         if world > 1:
             dist.all_reduce(count)                          # scored cells of the whole step
         loss = torch.zeros(3, device=device)                # for the log
-        for _, inputs, targets in examples:
+        for inputs, targets in examples:
             with autocast:
                 prediction = model(move(inputs, device))
             # over the count of all micro-batches: they add up to the mean of one big batch

@@ -29,8 +29,7 @@ from data import (Schema, add_errors, add_loop_flags, check_target, default_span
                   own_errors, parse, pick_device, print_errors, print_table, read_text, replace_file,
                   step_generator, write_cells, write_text)
 from masking import (Targets, bert_style_masking, create_masks, fit_closed_form, gaussian_fill,
-                     get_mask_probability, hide, interpolate, last_known, mix_up, move, nearest_category,
-                     scorable, within_clip)
+                     get_mask_probability, hide, last_known, mix_up, move, scorable, within_clip)
 from model import Config, TableTransformer, count_scored, explain_non_finite, sum_losses
 
 SCRIPT = "train_mlm"
@@ -103,19 +102,19 @@ def eval_cases(args):
     return {**cells, **runs}
 
 
-def baselines(shown, args, closed_form=None):
+def baselines(inputs, args, closed_form=None):
     """What one would fill in without training: {name: (numbers (B, T, N), ids (B, T, K))}."""
-    N = shown.numeric.shape[-1]
-    known = shown.observed[..., :N]
-    known_ids = shown.observed[..., N:]
-    line = interpolate(shown.numeric, known, shown.time)    # (B, T, N)
-    nearest = nearest_category(shown.categorical, known_ids, shown.time)    # (B, T, K)
+    line = inputs.numeric                                   # (B, T, N)
+    nearest = inputs.categorical                            # (B, T, K)
+    N = line.shape[-1]
+    known = inputs.known[..., :N]
     answers = {"linear": (line, nearest)}
-    last = last_known(shown.numeric, known)
-    answers["last"] = last, last_known(shown.categorical, known_ids)
+    answers["last"] = last_known(line, known), last_known(nearest, inputs.known[..., N:])
     answers["mean"] = torch.zeros_like(line), torch.zeros_like(nearest)         # of train rows; no category
     if closed_form is not None:
-        fill, _ = gaussian_fill(line, known, closed_form)
+        fill = inputs.base                                  # already solved, for the model
+        if inputs.deviation is None:                        # or not: --base linear
+            fill, _ = gaussian_fill(line, known, closed_form)
         answers["gauss"] = fill, nearest
     return answers
 
@@ -131,11 +130,9 @@ def prepare(table, args):
         args.mask_span = default_span(table)
     if args.intervals and not args.fill:
         fail("--intervals says how sure --fill is: give both")
-    if not args.fill:
-        return None
     check_target("--fill", args.fill, args.data)
     check_target("--intervals", args.intervals, args.data, args.fill)
-    return read_text(table, args)                           # or a refusal, before the first step
+    return read_text(table, args) if args.fill else None    # or a refusal, before the first step
 
 
 def report_test(model, table, errors, factor, args):
@@ -149,11 +146,10 @@ def report_test(model, table, errors, factor, args):
     draw_lines(f"{args.out_dir}/errors.png", curve, "share hidden, in runs", "mean squared error")
     windows = table.starts("test", table.seq_len)
     batch = table.batch(windows[len(windows) // 2:][:3])                        # from the middle of the split
-    shown, targets = objective(batch, args, step_generator(0), case=(0.3, args.mask_span))
-    line, _ = baselines(shown, args)["linear"]
-    said = model.predict(shown).interval(factor, args.coverage)
+    inputs, targets = make_example(model, batch, args, step_generator(0), case=(0.3, args.mask_span))
+    said = model.predict(inputs).interval(factor, args.coverage)
     said = said[..., :len(schema.numeric)]                                      # (4, B, T, N)
-    guesses = {"linear": line, "model": said[0]}
+    guesses = {"linear": inputs.numeric, "model": said[0]}
     draw_windows(f"{args.out_dir}/window.png", schema, batch, targets.score, guesses, said[1:3])
     return {"eval_mask_probs": args.eval_mask_probs, "mask_span": args.mask_span, "test": test}
 
@@ -164,7 +160,8 @@ def predict_rows(model, table, factor, args):
     first_rows = table.segments["all"][:, 0].tolist()
     T = table.seq_len
     for window in table.starts("all", max(1, T // 2)).split(1):                 # they overlap by half
-        answer = model.predict(table.batch(window)).interval(factor, args.coverage)[:, 0]       # (4, T, F)
+        inputs = model.inputs(table.batch(window))
+        answer = model.predict(inputs).interval(factor, args.coverage)[:, 0]                    # (4, T, F)
         first, end = window[0].tolist()
         # the window before has answered for the first quarter, where this one sees little of what came before
         start = first if first in first_rows else first + T // 4
@@ -211,10 +208,10 @@ def get_lr(step, args):
 
 
 def make_example(model, batch, args, generator, step=None, case=None):
-    """data.Batch -> what is shown (Batch), what the model sees of it (Inputs), what is asked (Targets)."""
+    """data.Batch -> what the model sees of what is shown of it (Inputs), and what is asked (Targets)."""
     shown, targets = objective(batch, args, generator, step, case)  # the one line about the objective
     inputs = model.inputs(shown)                            # with the base, without a hidden value
-    return shown, inputs, within_clip(targets, inputs.base, args.clip)          # what is beyond is not asked
+    return inputs, within_clip(targets, inputs.base, args.clip)                 # what is beyond is not asked
 
 
 def measure_base(model, table, args):
@@ -224,7 +221,7 @@ def measure_base(model, table, args):
     batch = table.batch(table.sample("train", 64, generator))
     lines = []
     for (kind, name), case in eval_cases(args).items():
-        _, inputs, targets = make_example(model, batch, args, generator, case=case)  # as evaluation asks
+        inputs, targets = make_example(model, batch, args, generator, case=case)  # as evaluation asks
         answers = {"base": (inputs.base, inputs.categorical)}       # judged as every rival is
         add_errors(lines, kind, name, table.schema, targets, answers)
     square = mean_errors(pd.concat(lines), table.schema.numeric, "square", "column").loc["base"]
@@ -247,13 +244,13 @@ def evaluate(model, table, split, stride, base_rmse, args, autocast):
         counts = torch.zeros(3)                             # batches ask for more or fewer cells
         for windows in table.starts(split, stride).split(32):
             batch = table.batch(windows)
-            shown, inputs, targets = make_example(model, batch, args, generator, case=case)
+            inputs, targets = make_example(model, batch, args, generator, case=case)
             with autocast:
-                prediction = model(move(inputs, base_rmse.device))
+                prediction = model.predict(inputs)
             sums += sum_losses(prediction, move(targets, base_rmse.device), base_rmse, args.loss).cpu()
             counts += count_scored(targets)
             # baselines see what the model saw, and answer for the same cells
-            answers = {"model": prediction.answer(), **baselines(shown, args, model.closed_form)}
+            answers = {"model": prediction.answer(), **baselines(inputs, args, model.closed_form)}
             add_errors(lines, kind, name, table.schema, targets, answers)
             scale = prediction.scale.cpu()                                      # (B, T, N)
             ratio = (prediction.numeric.cpu() - targets.numeric).abs() / scale
@@ -390,11 +387,11 @@ def main(argv=None):
         torch.manual_seed(generator.initial_seed())         # for dropout
         windows = [table.sample("train", args.batch_size, generator) for _ in range(args.grad_accum)]
         examples = [make_example(raw, table.batch(w), args, generator, step=step) for w in windows]
-        count = sum(count_scored(targets) for _, _, targets in examples).to(device)     # (3,)
+        count = sum(count_scored(targets) for _, targets in examples).to(device)     # (3,)
         if world > 1:
             dist.all_reduce(count)                          # scored cells of the whole step
         loss = torch.zeros(3, device=device)                # for the log
-        for _, inputs, targets in examples:
+        for inputs, targets in examples:
             with autocast:
                 prediction = model(move(inputs, device))
             # over the count of all micro-batches: they add up to the mean of one big batch
