@@ -159,19 +159,19 @@ class Prediction(NamedTuple):
     logits: list                # K of (B, T, V_k - 2) float32, of the column's own values
 
     def answer(self):
-        """The numbers, and the likeliest ids (B, T, K) int64, on the CPU."""
+        """The numbers, and the likeliest ids (B, T, K) int64."""
         ids = [logits.argmax(dim=-1, keepdim=True) + 2 for logits in self.logits]
         ids = torch.cat([self.numeric[..., :0].long(), *ids], dim=-1)           # K may be 0
-        return self.numeric.cpu(), ids.cpu()
+        return self.numeric, ids
 
     def interval(self, factor, coverage):
-        """(4, B, T, F) on the CPU: the answer, its low and its high end, `factor` (N,) times the scale off,
+        """(4, B, T, F): the answer, its low and its high end, `factor` (N,) times the scale off,
         and the probability that the truth is there; a category is its own two ends."""
         value = torch.cat(self.answer(), dim=-1)                                # (B, T, F)
         half = torch.zeros_like(value)
         chance = torch.full_like(value, coverage)
         N = self.numeric.shape[-1]
-        half[..., :N] = factor * self.scale.cpu()
+        half[..., :N] = factor * self.scale
         for k, logits in enumerate(self.logits):
             chances = logits.softmax(dim=-1)                                    # (B, T, V_k - 2)
             chance[..., N + k] = chances.amax(dim=-1)
@@ -249,8 +249,9 @@ class TableTransformer(nn.Module):
 
     @torch.no_grad()
     def predict(self, inputs):
-        """masking.Inputs, on the CPU -> Prediction, without gradients."""
-        return self(move(inputs, self.norm.weight.device))
+        """masking.Inputs, on the CPU -> Prediction, without gradients and there as well."""
+        numeric, scale, logits = self(move(inputs, self.norm.weight.device))
+        return Prediction(numeric.cpu(), scale.cpu(), [x.cpu() for x in logits])
 
     def rollout(self, batch, clock, predict=None):
         """Say what comes next, append it, and go on from there, looking at the last T rows at most.

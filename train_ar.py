@@ -314,16 +314,15 @@ def evaluate(model, table, split, stride, base_rmse, args, autocast):
             inputs, targets = make_example(model, batch, args, generator, case=case)
             with autocast:
                 prediction = model.predict(inputs)
-            sums += sum_losses(prediction, move(targets, base_rmse.device), base_rmse, args.loss).cpu()
+            sums += sum_losses(prediction, targets, base_rmse.cpu(), args.loss)
             counts += count_scored(targets)
             # baselines see what the model saw, and answer for the same cells
             answers = {"model": prediction.answer(), **baselines(inputs, args, model.closed_form)}
             add_errors(lines, kind, name, table.schema, targets, answers)
-            scale = prediction.scale.cpu()                                      # (B, T, N)
-            ratio = (prediction.numeric.cpu() - targets.numeric).abs() / scale
-            score = targets.score[..., :scale.shape[-1]]
+            ratio = (prediction.numeric - targets.numeric).abs() / prediction.scale     # (B, T, N)
+            score = targets.score[..., :ratio.shape[-1]]
             cells.append(pd.DataFrame({"kind": kind, "column": score.nonzero()[:, 2],
-                                       "ratio": ratio[score], "scale": scale[score]}))
+                                       "ratio": ratio[score], "scale": prediction.scale[score]}))
         losses += sums / counts.clamp(min=1) / len(cases)   # a case asked for little weighs as much
     return losses, pd.concat(lines), pd.concat(cells)
 
