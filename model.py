@@ -266,7 +266,7 @@ class TableTransformer(nn.Module):
             numeric, ids = predict(inputs)                                      # (B, T, N), (B, T, K)
             numeric = numeric[:, -1:] * ever[..., :N]                           # (B, 1, N)
             ids = ids[:, -1:] * ever[..., N:]                                   # (B, 1, K)
-            row = Batch(numeric=numeric, categorical=ids, observed=ever, valid=batch.valid[:, -1:], clock=now,
+            row = Batch(numeric, ids, ever, valid=batch.valid[:, -1:], clock=now,
                         time=batch.time[:, -1:] + 1)
             batch = Batch._make(torch.cat(pair, dim=1) for pair in zip(batch, row))
         return batch.rows(-clock.shape[1], None)
@@ -338,7 +338,7 @@ def find_leaks(causal, attention=F.scaled_dot_product_attention, T=12, N=3):
     known = torch.arange(T * N).view(1, T, N) % 4 > 0
     none = torch.zeros(1, T, 0)
     time = torch.arange(T)[None].float()
-    batch = Batch(numeric, none.long(), known, valid=known.any(dim=-1), clock=none, time=time)
+    batch = Batch(numeric, none.long(), known, known.any(dim=-1), none, time)
 
     def output(numeric):
         inputs = create_inputs(batch._replace(numeric=numeric), causal)
@@ -373,7 +373,7 @@ def print_shapes():
     print(f"{name} in window {b}, row {t}, is hidden: truth {truth:.2f}, prediction {guess:.2f}, "
           f"squared error {(truth - guess) ** 2:.3f}")
     targets = Targets(batch.numeric, batch.categorical, hidden)
-    sums = sum_losses(prediction, targets, base_rmse=1.0)
+    sums = sum_losses(prediction, targets, 1.0)
     print("sums of the losses of hidden numbers, categories, scales:", sums.tolist())
 
 

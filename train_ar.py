@@ -168,8 +168,8 @@ def prepare(table, args):
     room = int(min(val.max(), test.max()))
     args.horizons = [h for h in args.horizons if h <= room]     # a short table is judged at what fits
     if not args.horizons or args.intervals and args.forecast > room:
-        fail(f"after --given {args.given} there are {room} rows to compare with in windows of --seq_len "
-             f"{table.seq_len} and in val and test: too few for --horizons, or --forecast with --intervals")
+        fail(f"{room} rows after --given {args.given} fit into windows of --seq_len {table.seq_len}, val and "
+             "test: too few for --horizons, or for --forecast with --intervals")
     if not args.forecast:
         return None
     check_target("--to", args.to, args.data)                # the text is read and the stamps
