@@ -16,6 +16,7 @@ import re
 import sys
 import warnings
 from dataclasses import dataclass
+from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
@@ -26,9 +27,8 @@ from pandas.tseries.api import guess_datetime_format
 from pandas.tseries.offsets import BMonthEnd, CustomBusinessDay, DateOffset
 
 SENTINEL = 1e19                     # files write "no reading" as 1e20 or -1.18e42; nothing is that big
-# words for it, of a whole cell; --na_values are more
 MISSING = ["", "NA", "N/A", "n/a", "n.a.", "#N/A", "<NA>", "NaN", "nan", "NULL", "null", "None",
-           "?", "-", "--"]
+           "?", "-", "--"]          # words for it, beside --na_values
 MAX_CATEGORIES = 1000               # a text column with more distinct values than this is an identifier
 CYCLES = {"day": 86_400, "week": 604_800, "year": 365.25 * 86_400}      # in seconds: the hands of the clock
 NO_ID = 0                           # of a missing category ...
@@ -282,8 +282,8 @@ DATE_LIKE = "|".join([
     r"^[0-3]\d[0-3]\d(?:19|20)\d\d$",                           # 31122024
     r"^\d{1,2}:\d\d|^\d+ days?\b"])                             # 10:30, 3 days
 IF_NAMED = "|".join([                                           # only where the name says time:
-    r"1\d{9}(?:\d{3})?(?:\.\d+)?",                             # (milli)seconds since 1970
-    r"(?:19|20)\d\d\.?(?:0[1-9]|1[0-2])|(?:19|20)\d\d[0-5]\d",  # 202412, 2024.12, 202452: a week
+    r"1\d{9}(?:\d{3})?(?:\.\d+)?|(?:19|20)\d\d[0-5]\d",        # since 1970; 202412 and 202452: a week
+    r"(?:19|20)\d\d\.(?:0[1-9]|1[0-2])",                       # 2024.12
     r"(?:0[1-9]|1[0-2])\.(?:19|20)\d\d|\d\d[01]\d[0-3]\d"])     # 12.2024, 241231
 NAMED_TIME = (r"(?i)(?:\b|_)(?:time|date|datum|epoch|year|month|unix|created|updated|yyyy)|stamp|zeit|"
               r"(?:\b|_)(?:week|period|ts|dt)\b")               # and no candidate or weekday
@@ -325,18 +325,17 @@ def read_frame(args):
             texts.append(name)
     frame = read_raw(args, dtype=dict.fromkeys(texts, str), decimal=args.decimal, thousands=args.thousands,
                      **words)
-    blank = "|".join(re.escape(word) for word in MISSING)
-    frame = frame.replace(rf"^\s*(?:{blank})\s*$", np.nan, regex=True)      # with blanks around
+    blank = rf"^\s*(?:{'|'.join(map(re.escape, MISSING))})\s*$"             # with blanks around
+    frame = frame.replace(blank, np.nan, regex=True)
     if len(frame) == 0:                                     # a header alone
         fail(f"{args.data}: the table has no rows")
-    for sep in ";|\t ":
-        cells = frame.iloc[:, 0].astype(str)                # a blank may be in a name, but hardly in all cells
-        is_it = sep in cells.name and (sep != " " or cells.str.contains(" ").all())
-        if frame.shape[1] == 1 and is_it:
-            fail(f"{args.data}: one column called {cells.name!r}: another separator? --sep {sep!r}")
+    name = frame.columns[0]
+    found = re.search("[;|\t ]", name)                      # a name may have a blank, a number has none
+    if frame.shape[1] == 1 and found and not (found[0] == " " and is_numeric_dtype(frame[name])):
+        fail(f"{args.data}: one column {name!r}: another separator? --sep {found[0]!r}")
     if not isinstance(head.index, pd.RangeIndex):           # pandas takes the first cells for names of rows
-        fail(f"{args.data}: its rows have more cells than its header: name each column, or "
-             "leave out the lines above it (--skiprows 0 1)")
+        fail(f"{args.data}: rows have more cells than the header: name each column, or leave out lines "
+             "above it (--skiprows 0 1)")
     return frame
 
 
@@ -410,9 +409,8 @@ def infer_kind(column, args):
 
 def refuse_number(name, odd, args):
     """A refusal of cells of a column that look like numbers, or are too many for words among numbers."""
-    fail(f"{args.data}: {name!r} has {len(odd):,} cells such as {odd.iloc[0]!r}, no plain numbers: "
-         "--thousands or --decimal says how numbers are written, --na_values that these are missing, "
-         "--categorical_cols or --drop_cols that it is a column of another kind")
+    fail(f"{args.data}: {len(odd):,} cells of {name!r} are no numbers (such as {odd.iloc[0]!r}): see "
+         "--thousands and --decimal; --na_values if they are missing; --categorical_cols or --drop_cols")
 
 
 def read_numbers(column, args):
@@ -518,9 +516,8 @@ def read_time(frame, kinds, args):
     if len(columns) == 1 and is_number and not args.time_format:
         return columns, "number", numbers.round(9)          # 20.099999999999998 is 20.1
     pattern, stamps, strange = read_columns(frame, columns, args)
-    whole = frame[columns].drop(columns=[name for name in columns if name.lower() in YMD])
-    alone = whole.nunique() > 0.9 * whole.count()           # needs no clock beside it
-    which = len(columns) > 1 and not args.time_col and alone.any()
+    is_part = [name.lower() in YMD or frame[name].nunique() <= 0.9 * frame[name].count() for name in columns]
+    which = len(columns) > 1 and not args.time_col and not all(is_part)     # one that needs none beside it
     if pattern is None or which or pattern == "elapsed" and not stamps.is_monotonic_increasing:
         fail(f"{args.data}: {' '.join(columns)!r} does not read as time stamps in one format (such as "
              f"{strange}): --time_format '%d.%m.%Y %H:%M' says how, --time_col "
@@ -549,10 +546,7 @@ def time_step(stamps, every):
         day = stamps.dt.day.mode().max()                    # 31: the last day of any month
         steps = [BMonthEnd(months), DateOffset(months=months, day=day), median]
     recent = stamps.iloc[-100:]
-    fits = []
-    for step in steps:
-        following = recent.iloc[:-1].map(lambda stamp: stamp + step)
-        fits.append(following.isin(recent).mean())
+    fits = [recent.iloc[:-1].map(lambda stamp: stamp + step).isin(recent).mean() for step in steps]
     best = int(np.argmax(fits))                             # of equals the first
     if days > 27 and fits[best] < 0.8:
         return pd.NaT
@@ -654,9 +648,8 @@ def read_text(table, args):
 def own_numbers(table, stride=1):
     """The numeric columns of every so many rows, a DataFrame in own units, NaN where there is no value."""
     schema = table.schema
-    scaled = pd.DataFrame(table.numeric[::stride].numpy(), columns=schema.numeric)
-    scaled = scaled.where(table.observed[::stride, :len(schema.numeric)].numpy())
-    numbers = scaled * schema.scale + schema.center
+    numbers = pd.DataFrame(table.numeric[::stride].numpy(), columns=schema.numeric) * schema.scale
+    numbers = numbers.where(table.observed[::stride, :numbers.shape[1]].numpy()) + schema.center
     return numbers.mask(numbers.abs() < 1e-6 * np.array(schema.scale), 0.0)     # 0, but for float32
 
 
@@ -720,19 +713,17 @@ def new_rows(table, text, keys, args):
     if args.group_col:
         spelt = text[args.group_col].iloc[known.index]
         rows[args.group_col] = keys["group"].map(dict(zip(known["group"], spelt)))
-    patterns = table.pattern.split(" ")
+    directives = iter(table.pattern.split(" "))
     for name in table.time_columns:
         own = text[name].iloc[known.index].str.strip().set_axis(known.index)    # as the file writes them
         if table.pattern == "number":
             rows[name] = number_text(keys["time"].to_numpy(np.float64), own, args)
             break
-        n_words = 1 + own.iloc[0].count(" ")                # of this column: 10:30 PM has two
-        pattern = " ".join(patterns[:n_words])
-        patterns = patterns[n_words:]
+        pattern = " ".join(islice(directives, 1 + own.iloc[0].count(" ")))      # 10:30 PM has two
         fitting = [manner for manner in MANNERS if (stamp_text(known["time"], pattern, manner) == own).all()]
         if not fitting:
-            fail(f"{args.data}: {name} is read as {pattern!r} and cannot be written as it is there (such as "
-                 f"{own.iloc[-1]!r}): --forecast and --regular need times in a plainer form")
+            fail(f"{args.data}: {name} is read as {pattern!r} and cannot be written so (such as "
+                 f"{own.iloc[-1]!r}): --forecast and --regular need plainer times")
         rows[name] = stamp_text(keys["time"], pattern, fitting[0])
     return rows
 
@@ -1182,9 +1173,8 @@ def find_hints(table, args):
     schema = table.schema
     hints = []
     absent, repeated = absent_steps(table)
-    few = [name for name, words in zip(schema.categorical, schema.vocabulary) if 1 < len(words) <= 50]
     if repeated >= len(table.observed) / 2 and not args.group_col:
-        label = (few or ["NAME"])[0]                        # may say which sequence a row is of
+        label = [*schema.categorical, "NAME"][0]            # may say which sequence a row is of
         hints.append(f"the same stamps again and again: a long file (--group_col {label}, or pivot it), or "
                      "is the hour in another column (--time_col Date Hour)?")
     for name in schema.numeric:
@@ -1197,11 +1187,11 @@ def find_hints(table, args):
         far = (2 * others.min() > others.max()) & (others.nunique() > 10)       # beyond a gap, from many,
         far &= (off == 0).sum() >= 5                        # and often
         for value, count in edge[far].map("{:.7g}".format).value_counts().items():
-            hints.append(f"{value} comes again and again, far from all else, in {count} column(s): missing? "
+            hints.append(f"{value} comes often, far from all else, in {count} column(s): missing? "
                          f"--na_values {value}")
     low, high = numbers.quantile([0.05, 0.95]).to_numpy()       # of each column
     for name in numbers.columns[(low > 0) & (high > 1000 * low)]:
-        hints.append(f"{name} goes over orders of magnitude, the small drown: its logarithm, or --base linear?")
+        hints.append(f"{name}: orders of magnitude, the small ones drown: its logarithm, or --base linear?")
     for name, ratio in table.unlike.items():
         if ratio > 30:
             hints.append(f"{name} varies {ratio:.0f} times more than in some group: give each a file?")
@@ -1214,7 +1204,7 @@ def find_hints(table, args):
         if "distinct" in kind or "such as" in kind:
             hints.append(f"{name}: {kind}")
     if absent and not args.regular:
-        hints.append(f"{absent:,} steps of time are absent: --regular puts rows there, if steps are even")
+        hints.append(f"{absent:,} steps of time are absent: --regular adds rows, if steps are even")
     return hints[:3]                                        # the gravest first
 
 

@@ -266,7 +266,7 @@ class TableTransformer(nn.Module):
             numeric, ids = predict(inputs)                                      # (B, T, N), (B, T, K)
             numeric = numeric[:, -1:] * ever[..., :N]                           # (B, 1, N)
             ids = ids[:, -1:] * ever[..., N:]                                   # (B, 1, K)
-            row = Batch(numeric, ids, ever, valid=batch.valid[:, -1:], clock=now,
+            row = Batch(numeric=numeric, categorical=ids, observed=ever, valid=batch.valid[:, -1:], clock=now,
                         time=batch.time[:, -1:] + 1)
             batch = Batch._make(torch.cat(pair, dim=1) for pair in zip(batch, row))
         return batch.rows(-clock.shape[1], None)
@@ -297,7 +297,7 @@ def sum_losses(prediction, targets, base_rmse, loss="mse"):
     for k, logits in enumerate(prediction.logits):
         target = (targets.categorical[..., k] - 2).clamp(min=0)                 # unscored: any class will do
         error = F.cross_entropy(logits.transpose(1, 2), target, reduction="none")       # (B, T)
-        class_loss += torch.where(targets.score[..., N + k], error, 0.0).sum()
+        class_loss = class_loss + torch.where(targets.score[..., N + k], error, 0.0).sum()
     off = (prediction.numeric.detach() - targets.numeric).abs().clamp(min=1e-4)     # at 0 a scale vanishes
     nll = off / prediction.scale + prediction.scale.log()
     scale_loss = torch.where(scored, nll, 0.0).sum()
@@ -369,11 +369,10 @@ def print_shapes():
     b, t, j = hidden[..., :N].nonzero()[0].tolist()
     truth = batch.numeric[b, t, j]
     guess = prediction.numeric[b, t, j]
-    name = table.schema.numeric[j]
-    print(f"{name} in window {b}, row {t}, is hidden: truth {truth:.2f}, prediction {guess:.2f}, "
-          f"squared error {(truth - guess) ** 2:.3f}")
+    print(f"{table.schema.numeric[j]} in window {b}, row {t}, is hidden: truth {truth:.2f}, "
+          f"prediction {guess:.2f}, squared error {(truth - guess) ** 2:.3f}")
     targets = Targets(batch.numeric, batch.categorical, hidden)
-    sums = sum_losses(prediction, targets, 1.0)
+    sums = sum_losses(prediction, targets, base_rmse=1.0)
     print("sums of the losses of hidden numbers, categories, scales:", sums.tolist())
 
 
