@@ -132,8 +132,7 @@ def load_table(args, frame=None, schema=None):
     keys = pd.DataFrame({"group": "", "time": stamps})      # whose row it is, and of when
     if args.group_col:
         keys["group"] = frame[args.group_col].astype("string").fillna("")
-    # rows without a time are of no group: they come last, and belong to no sequence
-    keys["group"] = keys["group"].where(keys["time"].notna())
+    keys["group"] = keys["group"].where(keys["time"].notna())   # without a time: last, in no sequence
     if keys["group"].isna().all():
         fail(f"{args.data}: no row has a time in {' '.join(columns)!r} (--time_col)")
     frame = read_cells(frame, kinds, args)                  # from here on what is to be learnt, alone
@@ -251,8 +250,7 @@ def split_rows(lengths, args, schema=None):
     end = np.cumsum(lengths)                                # of each group
     whole = torch.from_numpy(np.stack([end - lengths, end], axis=1))            # (groups, 2)
     if len(lengths) > 2:
-        # not the first groups to train on: files are sorted, and the last wells are the newest
-        mixed = np.random.default_rng(0).permutation(len(lengths))
+        mixed = np.random.default_rng(0).permutation(len(lengths))      # in a file the last may be the newest
         ends = split_ends(len(lengths), "groups", args)
         train, val, test, _ = [whole[own] for own in np.split(mixed, ends)]     # _: --split left them out
     else:
@@ -454,6 +452,8 @@ def parse_stamps(text, pattern):
         stamps = pd.to_datetime(text, format=pattern, errors="coerce", utc=several_zones)
     except ValueError as e:
         fail(f"--time_format {pattern!r} is no pattern for these times ({e})")
+    if "%y" in pattern:                                     # Jan-60 was 1960: nobody has measured the future
+        stamps = stamps.mask(stamps.dt.year > pd.Timestamp.now().year, stamps - DateOffset(years=100))
     return stamps.mask(stamps.dt.year < 1000)               # 01012024 is no first of January, 101
 
 
@@ -498,7 +498,7 @@ def read_columns(frame, columns, args):
     for pattern, stamps in read.items():                    # twelve days, or twelve months
         if uneven[pattern] == uneven[best] and not stamps.equals(read[best]):
             fail(f"{args.data}: {columns} reads as {best!r} and as {pattern!r}: which one? --time_format")
-    return best, read.get(best), [*strange.iloc[:1], *strange.iloc[-1:]]
+    return best, read.get(best), strange.head(2).tolist()
 
 
 def read_time(frame, kinds, args):
@@ -1189,12 +1189,12 @@ def find_hints(table, args):
         for value, count in edge[far].map("{:.7g}".format).value_counts().items():
             hints.append(f"{value} comes often, far from all else, in {count} column(s): missing? "
                          f"--na_values {value}")
-    low, high = numbers.quantile([0.05, 0.95]).to_numpy()       # of each column
-    for name in numbers.columns[(low > 0) & (high > 1000 * low)]:
-        hints.append(f"{name}: orders of magnitude, the small ones drown: its logarithm, or --base linear?")
     for name, ratio in table.unlike.items():
         if ratio > 30:
             hints.append(f"{name} varies {ratio:.0f} times more than in some group: give each a file?")
+    low, high = numbers.quantile([0.05, 0.95]).to_numpy()       # of each column
+    for name in numbers.columns[(low > 0) & (high > 1000 * low)]:
+        hints.append(f"{name}: orders of magnitude, the small drown: its logarithm, or --base linear?")
     for name, words, ids in zip(schema.categorical, schema.vocabulary, table.categorical.T):
         if (ids == UNK_ID).sum() > (ids > UNK_ID).sum():
             hints.append(f"{name}: most of its texts were not trained on: spelt otherwise?")

@@ -951,6 +951,7 @@ TIMES = [   # what public files were like that once went wrong: header, times as
     ("ts", [f"{i}.0" for i in range(1641174600, 1641246600, 600)], "", "1641246600.0"),
     ("YEAR,DOY", [f"{t.year},{t.day_of_year}" for t in DAYS], "", "2022,121"),
     ("time", MONTHS.strftime("%m.%Y"), "", "01.2010"),
+    ("Month", pd.date_range("1960-01-01", periods=200, freq="MS").strftime("%b-%y"), "", "Sep-76"),
     ("date", DAYS.strftime("%y%m%d"), "", "220501"),
     ("t", ["2024-01-01"] * 5 + ["24:00"] + ["2024-01-02"] * 90, "", "refused: 't' / 24:00"),
     ("week", [f"{y}{week:02d}" for y in (2021, 2022) for week in range(1, 53)], "", "refused: week"),
