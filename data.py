@@ -421,7 +421,7 @@ def read_numbers(column, args):
 
 # ---- time
 
-warnings.filterwarnings("ignore", "Parsing dates")           # pandas says when it reads a day as a month
+warnings.filterwarnings("ignore", "Parsing dates|Initializing zero-element")    # days first; no numbers
 YMD = {"year": "%Y", "month": "%m", "mo": "%m", "day": "%d", "dy": "%d", "doy": "%j",
        "hour": "%H", "hr": "%H", "minute": "%M", "second": "%S"}
 # what pandas does not guess: years of two digits, months without a day, hours up to twelve or alone
