@@ -382,7 +382,7 @@ def infer_kinds(frame, args):
     if "time" not in kinds.values() and "year" in parts and {"month", "mo", "doy"} & parts.keys():
         kinds.update(dict.fromkeys(parts.values(), "time"))     # a year alone is a number
     if not {"numeric", "categorical"} & set(kinds.values()):
-        fail(f"{args.data}: no usable column: no numbers or categories beside time and group")
+        fail(f"{args.data}: no usable column beside time and group")
     return kinds
 
 
@@ -519,7 +519,7 @@ def read_time(frame, kinds, args):
     is_part = [name.lower() in YMD or frame[name].nunique() <= 0.9 * frame[name].count() for name in columns]
     which = len(columns) > 1 and not args.time_col and not all(is_part)     # one that needs none beside it
     if pattern is None or which or pattern == "elapsed" and not stamps.is_monotonic_increasing:
-        fail(f"{args.data}: {' '.join(columns)!r} does not read as time stamps in one format (such as "
+        fail(f"{args.data}: {' '.join(columns)!r} does not read as times in one format (such as "
              f"{strange}): --time_format '%d.%m.%Y %H:%M' says how, --time_col "
              "which column, or which two (Date Time), --drop_cols or --categorical_cols that it is no time")
     return columns, pattern, stamps
