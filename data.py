@@ -27,8 +27,8 @@ from pandas.tseries.api import guess_datetime_format
 from pandas.tseries.offsets import BMonthEnd, CustomBusinessDay, DateOffset
 
 SENTINEL = 1e19                     # files write "no reading" as 1e20 or -1.18e42; nothing is that big
-MISSING = ["", "NA", "N/A", "n/a", "n.a.", "#N/A", "<NA>", "NaN", "nan", "NULL", "null", "None",
-           "?", "-", "--"]          # words for it, beside --na_values
+MISSING = ["", "NA", "N/A", "n/a", "n.a.", "#N/A", "<NA>", "NaN", "nan", "NAN", "NULL", "null", "None",
+           "?", "-", "--", "---", ".", ".."]            # words for it, beside --na_values
 MAX_CATEGORIES = 1000               # a text column with more distinct values than this is an identifier
 CYCLES = {"day": 86_400, "week": 604_800, "year": 365.25 * 86_400}      # in seconds: the hands of the clock
 NO_ID = 0                           # of a missing category ...
@@ -274,9 +274,9 @@ DATE_LIKE = "|".join([
     r"^[12]\d{3}[-/](?:\d|[QW]\d)|^\d{4}Q\d$",                 # 2024-12-31, 2024/12, 2024-W05, 2024Q1
     r"^\d{4}\.\d{1,2}\.\d",                                     # 2024.12.31
     rf"^\d{{1,2}}[-/. ]+(?:\d{{1,2}}|{MONTH})[-/. ]+\d{{2}}",   # 31.12.24, 31. Dec 2024
-    r"^\d{1,2}/\d{4}$",                                         # 12/2024
+    rf"^\d{{1,2}}/\d{{4}}$|^\d{{4}} {MONTH}$",                   # 12/2024, 2024 DEC
     rf"\b{MONTH}[-. ,]+(?:\d{{1,2}},? )?\d{{2}}(?:\d\d)?\b",    # Dec-24, Tuesday, Dec 31, 2024
-    r"^(?:19|20)\d\d[01]\d[0-3]\d(?:T?\d{2,6}|\.0)?$",          # 20241231, 202412311030, 20241231.0
+    r"^(?:19|20)\d\d[01]\d[0-3]\d(?:[T: ]?\d{2,6}|\.0)?$",      # 20241231, 20241231 1030, 20241231.0
     r"^[0-3]\d[0-3]\d(?:19|20)\d\d$",                           # 31122024
     r"^\d{1,2}:\d\d|^\d+ days?\b"])                             # 10:30, 3 days
 IF_NAMED = "|".join([                                           # only where the name says time:
@@ -285,8 +285,8 @@ IF_NAMED = "|".join([                                           # only where the
     r"(?:0[1-9]|1[0-2])\.(?:19|20)\d\d|\d\d[01]\d[0-3]\d"])     # 12.2024, 241231
 NAMED_TIME = (r"(?i)(?:\b|_)(?:time|date|datum|epoch|year|month|unix|created|updated|yyyy)|stamp|zeit|"
               r"(?:\b|_)(?:week|period|ts|dt)\b")               # and no candidate or weekday
-# numbers as --thousands and --decimal may have them: 1,205 and 1 205,7 and 2,4
-WRITTEN_NUMBER = r"[-+]?\d{1,3}(?:[.,'\s]\d{3})+(?:[.,]\d+)?|[-+]?\d*[.,]\d+"
+# 12, and numbers that pandas may not read: 1,205 and 1 205,7 and 2,4 and $12.50 and 29 °C
+NUMBER = r"[$€£]?\s?[-+]?(?:\d{1,3}(?:[.,'\s]\d{3})+(?:[.,]\d+)?|\d*[.,]?\d+)\s?(?:%|°[CF]?)?"
 
 
 def read_raw(args, **options):
@@ -314,7 +314,8 @@ def read_frame(args):
     if args.data in SIMULATIONS:
         return read_raw(args)
     words = {"keep_default_na": False, "na_values": [*MISSING, *args.na_values]}
-    head = read_raw(args, dtype=str, nrows=1000, **words)
+    blank = rf"^\s*(?:{'|'.join(map(re.escape, MISSING))})\s*$"             # with blanks around
+    head = read_raw(args, dtype=str, nrows=1000, **words).replace(blank, np.nan, regex=True)
     texts = [*args.time_col, args.group_col, *args.categorical_cols, *args.drop_cols]
     for name in head.columns.drop(texts, errors="ignore"):
         known = head[name].dropna()                         # whole numbers of one width: codes? None yet?
@@ -323,14 +324,12 @@ def read_frame(args):
             texts.append(name)
     frame = read_raw(args, dtype=dict.fromkeys(texts, str), decimal=args.decimal, thousands=args.thousands,
                      **words)
-    blank = rf"^\s*(?:{'|'.join(map(re.escape, MISSING))})\s*$"             # with blanks around
     frame = frame.replace(blank, np.nan, regex=True)
     if len(frame) == 0:                                     # a header alone
         fail(f"{args.data}: the table has no rows")
-    name = frame.columns[0]
-    found = re.search("[;|\t ]", name)                      # a name may have a blank, a number has none
-    if frame.shape[1] == 1 and found and not (found[0] == " " and is_numeric_dtype(frame[name])):
-        fail(f"{args.data}: one column {name!r}: another separator? --sep {found[0]!r}")
+    found = re.search("[;|\t]", frame.columns[0])
+    if frame.shape[1] == 1 and found:
+        fail(f"{args.data}: one column {frame.columns[0]!r}: another separator? --sep {found[0]!r}")
     if not isinstance(head.index, pd.RangeIndex):           # pandas takes the first cells for names of rows
         fail(f"{args.data}: rows have more cells than the header: name each column, or leave out lines "
              "above it (--skiprows 0 1)")
@@ -346,7 +345,7 @@ def read_cells(frame, kinds, args):
     for name in numeric:
         x = read_numbers(frame[name], args)
         odd = frame[name][x.isna()].dropna().astype(str)    # neither a number nor missing: "Bad"
-        if len(odd) > 0.1 * frame[name].count() or odd.str.fullmatch(WRITTEN_NUMBER).any():
+        if len(odd) > 0.1 * frame[name].count() or odd.str.fullmatch(NUMBER).any():
             refuse_number(name, odd, args)
         if len(odd):
             kinds[name] = f"numeric, but for {len(odd)} cells such as {odd.iloc[0]!r}, which stay"
@@ -382,7 +381,7 @@ def infer_kinds(frame, args):
     if "time" not in kinds.values() and "year" in parts and {"month", "mo", "doy"} & parts.keys():
         kinds.update(dict.fromkeys(parts.values(), "time"))     # a year alone is a number
     if not {"numeric", "categorical"} & set(kinds.values()):
-        fail(f"{args.data}: no usable column beside time and group")
+        fail(f"{args.data}: no usable column beside time and group: another separator? --sep ' '")
     return kinds
 
 
@@ -393,12 +392,14 @@ def infer_kind(column, args):
         return "dropped: a second time column" if args.time_col else "time"
     # 007 is no number, for it is not 7, but one 00 is dirt; a "Bad" among numbers is a missing number
     is_code = not is_numeric_dtype(words) and words.str.fullmatch(r"0\d+").sum() > 0.01 * len(words)
-    if not is_code and read_numbers(words, args).isna().sum() <= 0.1 * len(words):
+    odd = words[read_numbers(words, args).isna()]
+    if not is_code and len(odd) <= 0.1 * len(words):
         return "numeric"
-    if words.str.fullmatch(WRITTEN_NUMBER).mean() > 0.9:
-        refuse_number(column.name, words, args)
+    if not is_code and words.str.fullmatch(NUMBER).mean() > 0.5:
+        refuse_number(column.name, odd, args)
     named = re.search(NAMED_TIME, str(column.name)) and not args.time_col   # such as Datum: 3. Mai 24
-    if named and words.nunique() > len(words) / 2 and words.astype(str).str.contains(r"\d").all():
+    has_digit = words.astype(str).str.contains(r"\d")
+    if named and words.nunique() > len(words) / 2 and has_digit.mean() > 0.9:
         return "time"                                       # in a language of its own: will be refused
     if words.nunique() > MAX_CATEGORIES:                    # each would have a class and a vector of its own
         return f"dropped: over {MAX_CATEGORIES} distinct texts (--categorical_cols keeps it)"
@@ -408,7 +409,7 @@ def infer_kind(column, args):
 def refuse_number(name, odd, args):
     """A refusal of cells of a column that look like numbers, or are too many for words among numbers."""
     fail(f"{args.data}: {len(odd):,} cells of {name!r} are no numbers (such as {odd.iloc[0]!r}): see "
-         "--thousands and --decimal; --na_values if they are missing; --categorical_cols or --drop_cols")
+         "--thousands and --decimal; --na_values; --categorical_cols or --drop_cols")
 
 
 def read_numbers(column, args):
@@ -429,13 +430,13 @@ OTHER_DATES = ["%d.%m.%y", "%y.%m.%d", "%m/%d/%y", "%d/%m/%y", "%y/%m/%d", "%d-%
                "%m/%d/%Y", "%d/%m/%Y", "%Y-%m-%d"]
 OTHER_CLOCKS = ["", " %H", " %H:%M", " %H:%M:%S", " %H.%M", " %H.%M.%S", " %I:%M %p", " %I:%M:%S %p"]
 OTHER_PATTERNS = [date + clock for date in OTHER_DATES for clock in OTHER_CLOCKS]
-OTHER_PATTERNS += ["%m/%Y", "%m.%Y", "%Y.%m", "%b %Y", "%B %Y", "%b-%y", "%b-%Y", "%Y%m%d%H", "%Y%m",
-                   "%y%m%d", "%d%m%Y", "%m%d%Y"]
+OTHER_PATTERNS += ["%m/%Y", "%m.%Y", "%Y.%m", "%b %Y", "%B %Y", "%b-%y", "%b-%Y", "%Y %b", "%Y%m%d%H",
+                   "%Y%m", "%y%m%d", "%d%m%Y", "%m%d%Y"]
 NUMBER_PATTERNS = {"s": r"1\d{9}(?:\.\d+)?", "ms": r"1\d{12}(?:\.\d+)?", "elapsed": r"\d+:\d\d(?::\d\d)?"}
 # how others write what strftime writes: patterns to replace in its text
 MANNERS = [("$^", ""), (r"(?<![\d:.])0+(\d)", r"\1"), (r"(?<![\d:])0+(\d)(?=[-/. ])", r"\1"),       # unpadded
            (r"\+0000$", "Z"), (r"([+-]\d\d)(\d\d)$", r"\1:\2"), ("UTC$", "GMT"),                    # zones
-           (r"(\.\d{3})000$", r"\1"), (r"(\.\d{3})000\+0000$", r"\1Z"), (r"(\.\d)0{5}$", r"\1"),
+           (r"(\.\d{3})000(?=$| [+-])", r"\1"), (r"(\.\d{3})000\+0000$", r"\1Z"), (r"(\.\d)0{5}$", r"\1"),
            (r"(\.\d{6})$", r"\g<1>0"), ("$", ".0"),                                     # fractions
            ("[a-z]+", lambda found: found[0].upper())]                                  # 24-FEB
 
@@ -450,7 +451,7 @@ def parse_stamps(text, pattern):
     several_zones = "%z" in pattern and text.str[-6:].nunique() > 1     # winter +01:00, summer +02:00
     try:
         stamps = pd.to_datetime(text, format=pattern, errors="coerce", utc=several_zones)
-    except ValueError as e:
+    except (ValueError, re.error) as e:
         fail(f"--time_format {pattern!r} is no pattern for these times ({e})")
     if "%y" in pattern:                                     # Jan-60 was 1960: nobody has measured the future
         stamps = stamps.mask(stamps.dt.year > pd.Timestamp.now().year, stamps - DateOffset(years=100))
@@ -498,7 +499,7 @@ def read_columns(frame, columns, args):
     for pattern, stamps in read.items():                    # twelve days, or twelve months
         if uneven[pattern] == uneven[best] and not stamps.equals(read[best]):
             fail(f"{args.data}: {columns} reads as {best!r} and as {pattern!r}: which one? --time_format")
-    return best, read.get(best), strange.head(2).tolist()
+    return best, read.get(best), list(strange[:2])
 
 
 def read_time(frame, kinds, args):
@@ -516,12 +517,14 @@ def read_time(frame, kinds, args):
     if len(columns) == 1 and is_number and not args.time_format:
         return columns, "number", numbers.round(9)          # 20.099999999999998 is 20.1
     pattern, stamps, strange = read_columns(frame, columns, args)
-    is_part = [name.lower() in YMD or frame[name].nunique() <= 0.9 * frame[name].count() for name in columns]
-    which = len(columns) > 1 and not args.time_col and not all(is_part)     # one that needs none beside it
+    whole = [name for name in columns if name.lower() not in YMD]
+    dates = [name for name in whole if not frame[name].str.match(r"\d+:").any()]
+    alone = frame[dates].nunique() > 0.9 * frame[dates].count()     # needs no clock beside it
+    which = len(columns) > 1 and not args.time_col and alone.any()
     if pattern is None or which or pattern == "elapsed" and not stamps.is_monotonic_increasing:
-        fail(f"{args.data}: {' '.join(columns)!r} does not read as times in one format (such as "
-             f"{strange}): --time_format '%d.%m.%Y %H:%M' says how, --time_col "
-             "which column, or which two (Date Time), --drop_cols or --categorical_cols that it is no time")
+        fail(f"{args.data}: {' '.join(columns)!r} does not read as times in one format (such as {strange}): "
+             "--time_format '%d.%m.%Y %H:%M' says how, --time_col which, or both (Date Time); --skiprows "
+             "1 if it is units; --drop_cols or --categorical_cols if it is no time")
     return columns, pattern, stamps
 
 
@@ -711,8 +714,7 @@ def new_rows(table, text, keys, args):
     rows = pd.DataFrame("", keys.index, text.columns)
     known = table.keys[table.keys.index < len(text)].dropna()   # rows of the file, not those of --regular
     if args.group_col:
-        spelt = text[args.group_col].iloc[known.index]
-        rows[args.group_col] = keys["group"].map(dict(zip(known["group"], spelt)))
+        rows[args.group_col] = keys["group"]
     directives = iter(table.pattern.split(" "))
     for name in table.time_columns:
         own = text[name].iloc[known.index].str.strip().set_axis(known.index)    # as the file writes them
@@ -1174,9 +1176,10 @@ def find_hints(table, args):
     hints = []
     absent, repeated = absent_steps(table)
     if repeated >= len(table.observed) / 2 and not args.group_col:
-        label = [*schema.categorical, "NAME"][0]            # may say which sequence a row is of
+        labels = [name for name, words in zip(schema.categorical, schema.vocabulary) if len(words) > 1]
+        label = [*labels, "NAME"][0]                        # may say which sequence a row is of
         hints.append(f"the same stamps again and again: a long file (--group_col {label}, or pivot it), or "
-                     "is the hour in another column (--time_col Date Hour)?")
+                     "an hour of its own (--time_col Date Hour)?")
     for name in schema.numeric:
         if re.search(NAMED_TIME, name) and not table.time_columns and not args.group_col:
             hints.append(f"{name} is taken for a number: is it the time? --time_col {name}")
@@ -1186,15 +1189,12 @@ def find_hints(table, args):
         others = off[off > 1e-6]                            # NaN at the edge itself
         far = (2 * others.min() > others.max()) & (others.nunique() > 10)       # beyond a gap, from many,
         far &= (off == 0).sum() >= 5                        # and often
-        for value, count in edge[far].map("{:.7g}".format).value_counts().items():
+        for value, count in edge[far].round(4).map("{:.7g}".format).value_counts().items():
             hints.append(f"{value} comes often, far from all else, in {count} column(s): missing? "
                          f"--na_values {value}")
     for name, ratio in table.unlike.items():
         if ratio > 30:
             hints.append(f"{name} varies {ratio:.0f} times more than in some group: give each a file?")
-    low, high = numbers.quantile([0.05, 0.95]).to_numpy()       # of each column
-    for name in numbers.columns[(low > 0) & (high > 1000 * low)]:
-        hints.append(f"{name}: orders of magnitude, the small drown: its logarithm, or --base linear?")
     for name, words, ids in zip(schema.categorical, schema.vocabulary, table.categorical.T):
         if (ids == UNK_ID).sum() > (ids > UNK_ID).sum():
             hints.append(f"{name}: most of its texts were not trained on: spelt otherwise?")
