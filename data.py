@@ -169,7 +169,7 @@ def encode(frame, schema):
     for k, name in enumerate(schema.categorical):
         code = pd.Index(schema.vocabulary[k], dtype="str").get_indexer(frame[name])     # -1: not in train
         categorical[:, k] = np.where(frame[name].notna(), code + 2, NO_ID)          # -1 + 2 is UNK_ID
-    return [torch.from_numpy(cells) for cells in (numeric, categorical, observed)]
+    return torch.from_numpy(numeric), torch.from_numpy(categorical), torch.from_numpy(observed)
 
 
 def fit_schema(frame, stamps, is_train, args):
@@ -191,8 +191,7 @@ def fit_schema(frame, stamps, is_train, args):
         schema.scale.append(scale)
     for name in categorical:
         # commonest first, so that id 2 is what one would guess without a model; then by name
-        count = frame[name][is_train].value_counts().sort_index()
-        count = count.sort_values(ascending=False, kind="stable")
+        count = frame[name][is_train].value_counts().sort_index().sort_values(ascending=False, kind="stable")
         schema.vocabulary.append(count.index.tolist())
         schema.learnt.append(len(count) > 0)
     if hasattr(stamps, "dt"):                               # numbers of rows, for one, have no dates
@@ -252,7 +251,10 @@ def split_rows(lengths, args, schema=None):
     if len(lengths) > 2:
         mixed = np.random.default_rng(0).permutation(len(lengths))      # in a file the last may be the newest
         ends = split_ends(len(lengths), "groups", args)
-        train, val, test, _ = [whole[own] for own in np.split(mixed, ends)]     # _: --split left them out
+        parts = np.split(mixed, ends)                       # and the groups that --split leaves out
+        train = whole[parts[0]]
+        val = whole[parts[1]]
+        test = whole[parts[2]]
     else:
         ends = np.array([[0, *split_ends(n, "rows", args)] for n in lengths])   # of a group's own parts
         ends = torch.from_numpy(ends) + whole[:, :1]                            # (groups, 4)
@@ -327,7 +329,8 @@ def read_frame(args):
     frame = frame.replace(blank, np.nan, regex=True)
     if len(frame) == 0:                                     # a header alone
         fail(f"{args.data}: the table has no rows")
-    found = re.search("[;|\t]", frame.columns[0])
+    marks = r"[;|\t]" if is_numeric_dtype(frame.iloc[:, 0]) else r"[;|\t]| (?!.*[;|\t])"
+    found = re.search(marks, frame.columns[0])              # a name may have a blank, a number has none
     if frame.shape[1] == 1 and found:
         fail(f"{args.data}: one column {frame.columns[0]!r}: another separator? --sep {found[0]!r}")
     if not isinstance(head.index, pd.RangeIndex):           # pandas takes the first cells for names of rows
@@ -381,7 +384,7 @@ def infer_kinds(frame, args):
     if "time" not in kinds.values() and "year" in parts and {"month", "mo", "doy"} & parts.keys():
         kinds.update(dict.fromkeys(parts.values(), "time"))     # a year alone is a number
     if not {"numeric", "categorical"} & set(kinds.values()):
-        fail(f"{args.data}: no usable column beside time and group: another separator? --sep ' '")
+        fail(f"{args.data}: no usable column beside time and group")
     return kinds
 
 
@@ -398,8 +401,7 @@ def infer_kind(column, args):
     if not is_code and words.str.fullmatch(NUMBER).mean() > 0.5:
         refuse_number(column.name, odd, args)
     named = re.search(NAMED_TIME, str(column.name)) and not args.time_col   # such as Datum: 3. Mai 24
-    has_digit = words.astype(str).str.contains(r"\d")
-    if named and words.nunique() > len(words) / 2 and has_digit.mean() > 0.9:
+    if named and words.nunique() > len(words) / 2 and words.astype(str).str.contains(r"\d").mean() > 0.9:
         return "time"                                       # in a language of its own: will be refused
     if words.nunique() > MAX_CATEGORIES:                    # each would have a class and a vector of its own
         return f"dropped: over {MAX_CATEGORIES} distinct texts (--categorical_cols keeps it)"
@@ -517,8 +519,7 @@ def read_time(frame, kinds, args):
     if len(columns) == 1 and is_number and not args.time_format:
         return columns, "number", numbers.round(9)          # 20.099999999999998 is 20.1
     pattern, stamps, strange = read_columns(frame, columns, args)
-    whole = [name for name in columns if name.lower() not in YMD]
-    dates = [name for name in whole if not frame[name].str.match(r"\d+:").any()]
+    dates = [name for name in columns if name.lower() not in YMD and not frame[name].str.match(r"\d+:").any()]
     alone = frame[dates].nunique() > 0.9 * frame[dates].count()     # needs no clock beside it
     which = len(columns) > 1 and not args.time_col and alone.any()
     if pattern is None or which or pattern == "elapsed" and not stamps.is_monotonic_increasing:
@@ -592,8 +593,7 @@ def compare_groups(frame, keys):
     for name in frame.select_dtypes("number"):              # a column at a time: a large table fits once
         groups = frame[name].groupby(keys["group"].to_numpy())
         spread = groups.max() - groups.min()                # in float64: a small group is not rounded away
-        whole = frame[name].max() - frame[name].min()
-        ratios[name] = whole / spread[spread > 0].min()
+        ratios[name] = (frame[name].max() - frame[name].min()) / spread[spread > 0].min()
     return ratios
 
 
@@ -684,8 +684,7 @@ def write_cells(target, rows, name, said, table, text, args, forecast=False):
         cells = np.array(words, dtype=object)[said[:3].long().numpy()]      # (3, n), as all here
     else:
         j = schema.numeric.index(name)
-        seen = table.keys.index[table.observed[:, j].numpy()]
-        own = text[name].iloc[seen].str.strip()             # of this file, train rows or not
+        own = text[name].iloc[table.keys.index[table.observed[:, j].numpy()]].str.strip()   # of all rows
         x = said[:3].double().numpy() * schema.scale[j] + schema.center[j]      # in own units
         numbers = read_numbers(own, args)
         if not forecast:
@@ -848,20 +847,21 @@ def simulate_planets(n_systems=3000, seed=0):
     e = rng.uniform(0, 0.1, (5, n))
     start = rng.uniform(0, 2 * np.pi, (5, n)) * (rng.random(n) >= 0.3)                  # 30 %: all at +x
     system = np.repeat(np.arange(n), rows)                      # of each row of the table
-    here, a, m, e, start = [x[:, system] for x in (here, a, m, e, start)]   # (5, rows), as what follows
     frame = pd.DataFrame({"idx": system})
     frame["time_step"] = frame.groupby("idx").cumcount()
     step = rng.uniform(15, 24, n) / (rows - 1)                  # a planet at distance 1 goes round in 2 pi
     time = step[system] * frame["time_step"].to_numpy()     # of each row, not in the table
-    mean = start + time * np.sqrt((1 + 1e-5 * m) / a ** 3)
+    mean = start[:, system] + time * np.sqrt((1 + 1e-5 * m) / a ** 3)[:, system]    # (5, rows), as all below
+    a = a[:, system]
+    e = e[:, system]
     angle = mean                                            # Kepler's equation: angle - e sin(angle) = mean
     for _ in range(5):                                          # by Newton's method
         angle = angle - (angle - e * np.sin(angle) - mean) / (1 - e * np.cos(angle))
     x = a * (np.cos(angle) - e)
     y = a * np.sqrt(1 - e ** 2) * np.sin(angle)
     for i in range(5):
-        for name, values in zip("xymae", [x, y, m, a, 20 * e]):
-            frame[f"planet{i}_{name}"] = np.where(here[i], values[i], np.nan)
+        for name, values in zip("xymae", [x, y, m[:, system], a, 20 * e]):
+            frame[f"planet{i}_{name}"] = np.where(here[i, system], values[i], np.nan)
     frame["total_mass"] = frame.filter(regex="planet._m").sum(axis=1)
     frame["n_planets"] = pd.Series(count[system]).astype(str) + "_planets"
     for name in "xy":
@@ -1004,13 +1004,12 @@ def draw_windows(path, schema, batch, asked, guesses, band):
 
 def number(kind, low, high=2.0 ** 53, inside=False):
     """An argparse type: an int or a float from low to high (inside: without the ends)."""
-    def parse(text):
+    def number(text):                                       # "invalid number value: 'x'", says argparse
         value = kind(text)
         if not low <= value <= high or inside and value in (low, high):
             raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
         return value
-    parse.__name__ = kind.__name__                          # "invalid int value: 'x'", says argparse
-    return parse
+    return number
 
 
 def make_parser(doc, script, source):
@@ -1157,7 +1156,9 @@ def hole_runs(table):
 def default_span(table):
     """Mean rows of a run of holes in the train rows, at most T / 4; 12 where there are too few to tell."""
     learnt = torch.tensor(table.schema.learnt)              # a column without values has no runs
-    holes, runs = [int(count[learnt].sum()) for count in hole_runs(table)]
+    holes, runs = hole_runs(table)
+    holes = int(holes[learnt].sum())
+    runs = int(runs[learnt].sum())
     span = 12.0 if runs < 20 else holes / runs              # a few runs say little
     return max(1.0, min(span, table.seq_len / 4))
 
@@ -1176,8 +1177,7 @@ def find_hints(table, args):
     hints = []
     absent, repeated = absent_steps(table)
     if repeated >= len(table.observed) / 2 and not args.group_col:
-        labels = [name for name, words in zip(schema.categorical, schema.vocabulary) if len(words) > 1]
-        label = [*labels, "NAME"][0]                        # may say which sequence a row is of
+        label = [*schema.categorical, "NAME"][0]            # may say which sequence a row is of
         hints.append(f"the same stamps again and again: a long file (--group_col {label}, or pivot it), or "
                      "an hour of its own (--time_col Date Hour)?")
     for name in schema.numeric:
