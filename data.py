@@ -82,7 +82,7 @@ class Table:
     seq_len: int                # T
     segments: dict              # split -> (S, 2) int64, [start, end) rows of S sequences; val and test may
                                 # begin up to T rows early, see split_rows; "all" -> every sequence whole
-    unlike: dict                # numeric column -> how many times more it varies in one group than in another
+    unlike: dict                # numeric column -> how many times more it varies than in its calmest group
 
     def starts(self, split, stride):
         """Windows every `stride` rows, and a last one flush with the end, so that no row of the split is left
@@ -340,7 +340,7 @@ def read_frame(args):
 
 
 def read_cells(frame, kinds, args):
-    """The columns to learn: numbers as float64, categories as text, NaN where there is no value."""
+    """The columns to learn: numbers as float64, categories as text, NaN where not; notes odd words in `kinds`."""
     numeric = [name for name in kinds if kinds[name] == "numeric"]
     categorical = [name for name in kinds if kinds[name] == "categorical"]
     cells = pd.DataFrame(np.zeros((len(frame), len(numeric)), order="F"), frame.index, numeric)  # one block
@@ -393,7 +393,7 @@ def infer_kind(column, args):
     words = column.dropna()
     if looks_like_time(words):
         return "dropped: a second time column" if args.time_col else "time"
-    # 007 is no number, for it is not 7, but one 00 is dirt; a "Bad" among numbers is a missing number
+    # 007 is no number, for it is not 7, but one 00 is dirt; a "Bad" among numbers is unknown
     is_code = not is_numeric_dtype(words) and words.str.fullmatch(r"0\d+").sum() > 0.01 * len(words)
     odd = words[read_numbers(words, args).isna()]
     if not is_code and len(odd) <= 0.1 * len(words):
@@ -409,7 +409,7 @@ def infer_kind(column, args):
 
 
 def refuse_number(name, odd, args):
-    """A refusal of cells of a column that look like numbers, or are too many for words among numbers."""
+    """Refuse a column of numbers written otherwise, or with too many words among them."""
     fail(f"{args.data}: {len(odd):,} cells of {name!r} are no numbers (such as {odd.iloc[0]!r}): see "
          "--thousands and --decimal; --na_values; --categorical_cols or --drop_cols")
 
@@ -588,7 +588,7 @@ def even_keys(keys):
 
 
 def compare_groups(frame, keys):
-    """{numeric column: how many times more it varies over all groups than in the calmest}."""
+    """{numeric column: how many times more it varies over all groups than in the calmest one}."""
     ratios = {}
     for name in frame.select_dtypes("number"):              # a column at a time: a large table fits once
         groups = frame[name].groupby(keys["group"].to_numpy())

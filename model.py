@@ -211,7 +211,7 @@ class TableTransformer(nn.Module):
 
     def forward(self, inputs):
         T, N = inputs.numeric.shape[1:]
-        numeric = inputs.numeric if self.config.causal else inputs.base
+        numeric = inputs.numeric if self.config.causal else inputs.base         # causal: that is a row ahead
         center = torch.zeros_like(numeric)
         spread = torch.ones_like(numeric)
         if not self.config.causal:      # (the level of the window would tell a causal model its future)
