@@ -340,7 +340,7 @@ def read_frame(args):
 
 
 def read_cells(frame, kinds, args):
-    """The columns to learn: numbers as float64, categories as text, NaN where not; odd words go into `kinds`."""
+    """What is to be learnt: numbers as float64, categories as text, NaN where not; `kinds` gets odd words."""
     numeric = [name for name in kinds if kinds[name] == "numeric"]
     categorical = [name for name in kinds if kinds[name] == "categorical"]
     cells = pd.DataFrame(np.zeros((len(frame), len(numeric)), order="F"), frame.index, numeric)  # one block
